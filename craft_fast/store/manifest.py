@@ -1,0 +1,460 @@
+"""The run's manifest: one SQLite file in which every finished piece of work has its row.
+
+WAL with synchronous=FULL: a row that was committed survives a kill and a power loss. Files are written first
+(``store.atomic``), rows after, so a row never names a file that is not there. Every ``put_*`` is idempotent and one
+transaction. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+from craft_fast.errors import CraftError, IntegrityError, ResourceError
+from craft_fast.records import (
+    Candidate,
+    EvalRow,
+    FileRef,
+    Group,
+    Prompt,
+    Sample,
+    ScoreRow,
+    Selection,
+    Split,
+    StageRow,
+    Variant,
+)
+from craft_fast.store.schema import SCHEMA, SCHEMA_VERSION
+
+EvalScore = tuple[str, str, str, float]
+"""side (``base`` or ``tuned``), prompt_id, reward, value."""
+
+
+class Manifest:
+    """Typed access to a run's rows. One thread, one writer (``open_run`` holds the lock).
+
+    Args:
+        path: the SQLite file; made when missing, unless ``read_only``.
+        read_only: refuse every change.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self._depth = 0
+        with self._errors():
+            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            if read_only:
+                self._check_version()
+                self._db.execute("PRAGMA query_only = ON")
+                return
+            if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                self._db.executescript(
+                    f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+                )
+            self._check_version()
+
+    def _check_version(self) -> None:
+        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
+        if version != SCHEMA_VERSION:
+            raise CraftError(
+                "This run was made by another version of craft-fast",
+                where=str(self.path),
+                why=f"its manifest has version {version}, this program reads {SCHEMA_VERSION}",
+                hint="use the version that made it, or start a new run with another --name",
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            # "attempt to write a readonly database" and the like pass through sqlite_errorname too.
+            name = getattr(error, "sqlite_errorname", "")
+            if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
+                raise ResourceError(
+                    "The disk is full or failing; nothing that was reported as done is lost",
+                    where=str(self.path),
+                    why=str(error),
+                    hint="free some space, then type the same command again: it continues",
+                ) from error
+            if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith(
+                "SQLITE_CORRUPT"
+            ):
+                raise IntegrityError(
+                    "The run's manifest is damaged",
+                    where=str(self.path),
+                    why=str(error),
+                    hint="move the run's folder away and run again",
+                ) from error
+            raise CraftError(
+                "The run's manifest cannot be used",
+                where=str(self.path),
+                why=str(error),
+            ) from error
+
+    def close(self) -> None:
+        """Close the file; the manifest cannot be used afterwards."""
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside are committed together, or none; nests into the outermost one."""
+        with self._errors():
+            if self._depth == 0:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                self._depth -= 1
+                if self._depth == 0 and self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            self._depth -= 1
+            if self._depth == 0:
+                try:
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+
+    def _many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        with self.transaction():
+            self._db.executemany(sql, rows)
+
+    def _all(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self._db.execute(sql, args).fetchall()
+
+    # ---- meta and stages
+
+    def get_meta(self, k: str) -> str | None:
+        """The text under ``k``, or None."""
+        rows = self._all("SELECT v FROM meta WHERE k = ?", k)
+        return str(rows[0][0]) if rows else None
+
+    def set_meta(self, k: str, v: str) -> None:
+        """Keep the text ``v`` under ``k``."""
+        self._many(
+            "INSERT INTO meta (k, v) VALUES (?, ?) ON CONFLICT (k) DO UPDATE SET v = excluded.v",
+            [(k, v)],
+        )
+
+    def stage(self, name: str) -> StageRow | None:
+        """State of one stage, or None when it never began."""
+        return next((row for row in self.stages() if row.name == name), None)
+
+    def stages(self) -> list[StageRow]:
+        """All stages that ever began, in the order in which they first did."""
+        rows = self._all(
+            "SELECT name, key, state, seconds, peak_gib, info FROM stages ORDER BY ord"
+        )
+        return [
+            StageRow(name, key, state, s, peak, json.loads(info))
+            for name, key, state, s, peak, info in rows
+        ]
+
+    def begin_stage(self, name: str, key: str) -> StageRow:
+        """Mark a stage as running under ``key``; one that was interrupted under the same key keeps its seconds and info."""
+        before = self.stage(name)
+        if before is not None and before.state == "running" and before.key == key:
+            return before
+        row = StageRow(name, key, "running")
+        self.put_stage(row)
+        return row
+
+    def finish_stage(
+        self,
+        name: str,
+        key: str,
+        seconds: float,
+        peak_gib: float | None,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Mark a stage as done."""
+        self.put_stage(StageRow(name, key, "done", seconds, peak_gib, info or {}))
+
+    def put_stage(self, row: StageRow) -> None:
+        """Write a stage's row as it is."""
+        values = (
+            row.name,
+            row.key,
+            row.state,
+            row.seconds,
+            row.peak_gib,
+            _json(row.info),
+        )
+        self._many(
+            "INSERT INTO stages (name, key, state, seconds, peak_gib, info) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name)"
+            " DO UPDATE SET key = excluded.key, state = excluded.state, seconds = excluded.seconds,"
+            " peak_gib = excluded.peak_gib, info = excluded.info",
+            [values],
+        )
+
+    # ---- prompts and candidates
+
+    def put_groups(self, key: str, groups: Iterable[Group]) -> None:
+        """Keep groups (prompts with their variants) under the expansion ``key``."""
+        rows = [
+            (
+                key,
+                group.prompt.split,
+                group.prompt.prompt_id,
+                group.prompt.text,
+                group.prompt.line,
+                _json(group.prompt.meta),
+                json.dumps(
+                    [[variant.member, variant.text] for variant in group.variants],
+                    ensure_ascii=False,
+                ),
+            )
+            for group in groups
+        ]
+        self._many(
+            "INSERT INTO prompts (key, split, prompt_id, text, line, meta, variants) VALUES (?, ?, ?, ?, ?, ?, ?)"
+            " ON CONFLICT (key, split, prompt_id) DO UPDATE SET text = excluded.text, line = excluded.line,"
+            " meta = excluded.meta, variants = excluded.variants",
+            rows,
+        )
+
+    def groups(self, key: str, split: Split = "train") -> list[Group]:
+        """Groups under ``key``, in the order in which they were put."""
+        if split not in get_args(Split):
+            raise ValueError(f"split {split!r}")
+        sql = "SELECT prompt_id, text, line, meta, variants FROM prompts WHERE key = ? AND split = ? ORDER BY ord"
+        return [
+            Group(
+                Prompt(prompt_id, text, split, line, json.loads(meta)),
+                tuple(
+                    Variant(prompt_id, member, variant)
+                    for member, variant in json.loads(variants)
+                ),
+            )
+            for prompt_id, text, line, meta, variants in self._all(sql, key, split)
+        ]
+
+    def put_candidates(self, key: str, rows: Sequence[Candidate]) -> None:
+        """Keep candidates whose files are already written."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO candidate_groups (key, prompt_id) VALUES (?, ?)",
+                [(key, row.prompt_id) for row in rows],
+            )
+            self._db.executemany(
+                "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (
+                        key,
+                        row.prompt_id,
+                        row.member,
+                        row.candidate_id,
+                        row.base_prompt,
+                        row.prompt,
+                        row.noise_seed,
+                    )
+                    + _ref(row.latents)
+                    + _ref(row.image)
+                    for row in rows
+                ],
+            )
+
+    def candidates(self, key: str) -> list[Candidate]:
+        """Candidates under ``key`` by group (in the order of first insertion) and member."""
+        sql = (
+            "SELECT c.candidate_id, c.prompt_id, c.member, c.base_prompt, c.prompt, c.noise_seed, latents_path,"
+            " latents_sha256, latents_size, image_path, image_sha256, image_size"
+            " FROM candidates c JOIN candidate_groups g ON g.key = c.key AND g.prompt_id = c.prompt_id"
+            " WHERE c.key = ? ORDER BY g.ord, c.member"
+        )
+        return [
+            Candidate(*row[:6], latents=FileRef(*row[6:9]), image=FileRef(*row[9:12]))
+            for row in self._all(sql, key)
+        ]
+
+    def drop_candidates(self, key: str, prompt_ids: Iterable[str]) -> None:
+        """Forget the candidates of some groups, so that they are made again in their old place."""
+        self._many(
+            "DELETE FROM candidates WHERE key = ? AND prompt_id = ?",
+            [(key, item) for item in prompt_ids],
+        )
+
+    # ---- scores and verdicts
+
+    def put_scores(self, rows: Sequence[ScoreRow]) -> None:
+        """Keep reward values."""
+        self._many(
+            "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)",
+            [(row.candidate_id, row.reward, row.reward_key, row.value) for row in rows],
+        )
+
+    def scores(
+        self, reward_keys: Mapping[str, str], candidate_ids: Iterable[str] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Values by candidate and reward.
+
+        Args:
+            reward_keys: reward name to the key under which it scored.
+            candidate_ids: only these; None: all.
+
+        Returns:
+            candidate_id to {reward name: value}; a candidate without any score is absent.
+        """
+        wanted = None if candidate_ids is None else set(candidate_ids)
+        result: dict[str, dict[str, float]] = {}
+        for name, key in reward_keys.items():
+            sql = "SELECT candidate_id, value FROM scores WHERE reward = ? AND reward_key = ?"
+            for candidate_id, value in self._all(sql, name, key):
+                if wanted is None or candidate_id in wanted:
+                    result.setdefault(candidate_id, {})[name] = value
+        return result
+
+    def put_selections(self, key: str, rows: Sequence[Selection]) -> None:
+        """Keep the filter's verdicts."""
+        self._many(
+            "INSERT INTO selections (key, candidate_id, prompt_id, member, accepted, passed, r_total, advantage)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, candidate_id) DO UPDATE SET"
+            " accepted = excluded.accepted, passed = excluded.passed, r_total = excluded.r_total,"
+            " advantage = excluded.advantage",
+            [
+                (
+                    key,
+                    row.candidate_id,
+                    row.prompt_id,
+                    row.member,
+                    int(row.accepted),
+                    _json(row.passed),
+                )
+                + (row.r_total, row.advantage)
+                for row in rows
+            ],
+        )
+
+    def selections(self, key: str) -> list[Selection]:
+        """Verdicts under ``key``, in the order in which they were put."""
+        sql = (
+            "SELECT candidate_id, prompt_id, member, accepted, passed, r_total, advantage FROM selections"
+            " WHERE key = ? ORDER BY ord"
+        )
+        return [
+            Selection(
+                candidate_id,
+                prompt_id,
+                member,
+                bool(accepted),
+                json.loads(passed),
+                r_total,
+                advantage,
+            )
+            for candidate_id, prompt_id, member, accepted, passed, r_total, advantage in self._all(
+                sql, key
+            )
+        ]
+
+    def put_samples(self, key: str, rows: Sequence[Sample]) -> None:
+        """Keep training samples."""
+        self._many(
+            "INSERT INTO samples (key, sample_id, candidate_id, prompt, weight) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (key, sample_id) DO UPDATE SET candidate_id = excluded.candidate_id,"
+            " prompt = excluded.prompt, weight = excluded.weight",
+            [
+                (key, row.sample_id, row.candidate_id, row.prompt, row.weight)
+                for row in rows
+            ],
+        )
+
+    def samples(self, key: str) -> list[Sample]:
+        """Training samples under ``key``, in the order in which they were put."""
+        sql = "SELECT sample_id, candidate_id, prompt, weight FROM samples WHERE key = ? ORDER BY ord"
+        return [Sample(*row) for row in self._all(sql, key)]
+
+    # ---- files and evaluation
+
+    def put_files(self, kind: str, key: str, files: Mapping[str, FileRef]) -> None:
+        """Keep records of files (cache entries, evaluation images, checkpoints, ...) that are already written."""
+        self._many(
+            "INSERT INTO files (kind, key, id, path, sha256, size) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key, id)"
+            " DO UPDATE SET path = excluded.path, sha256 = excluded.sha256, size = excluded.size",
+            [(kind, key, name, *_ref(ref)) for name, ref in files.items()],
+        )
+
+    def files(self, kind: str, key: str) -> dict[str, FileRef]:
+        """Id to file record."""
+        sql = "SELECT id, path, sha256, size FROM files WHERE kind = ? AND key = ? ORDER BY ord"
+        return {row[0]: FileRef(*row[1:]) for row in self._all(sql, kind, key)}
+
+    def drop_files(self, kind: str, key: str, ids: Iterable[str]) -> None:
+        """Forget files that are being removed or rebuilt."""
+        self._many(
+            "DELETE FROM files WHERE kind = ? AND key = ? AND id = ?",
+            [(kind, key, item) for item in ids],
+        )
+
+    def all_files(self) -> list[tuple[str, str, str, FileRef]]:
+        """Every file that a row names: (kind, key, id, record); candidates have kinds ``latents`` and ``image``."""
+        rows = [
+            (*row[:3], FileRef(*row[3:]))
+            for row in self._all("SELECT kind, key, id, path, sha256, size FROM files")
+        ]
+        for kind in ("latents", "image"):
+            sql = f"SELECT key, candidate_id, {kind}_path, {kind}_sha256, {kind}_size FROM candidates"
+            rows += [
+                (kind, row[0], row[1], FileRef(*row[2:])) for row in self._all(sql)
+            ]
+        return rows
+
+    def put_eval(self, key: str, rows: Sequence[EvalRow]) -> None:
+        """Keep the evaluation's table."""
+        self._many(
+            "INSERT INTO eval_rows (key, metric, held_out, base_mean, tuned_mean, win_rate, ci_low, ci_high, n)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, metric) DO UPDATE SET held_out = excluded.held_out,"
+            " base_mean = excluded.base_mean, tuned_mean = excluded.tuned_mean, win_rate = excluded.win_rate,"
+            " ci_low = excluded.ci_low, ci_high = excluded.ci_high, n = excluded.n",
+            [
+                (
+                    key,
+                    row.metric,
+                    int(row.held_out),
+                    row.base_mean,
+                    row.tuned_mean,
+                    row.win_rate,
+                )
+                + (row.ci_low, row.ci_high, row.n)
+                for row in rows
+            ],
+        )
+
+    def eval_rows(self, key: str) -> list[EvalRow]:
+        """The evaluation's table under ``key``."""
+        sql = (
+            "SELECT metric, held_out, base_mean, tuned_mean, win_rate, ci_low, ci_high, n FROM eval_rows"
+            " WHERE key = ? ORDER BY ord"
+        )
+        return [EvalRow(row[0], bool(row[1]), *row[2:]) for row in self._all(sql, key)]
+
+    def put_eval_scores(self, key: str, rows: Sequence[EvalScore]) -> None:
+        """Keep scores of evaluation images: (side, prompt_id, reward, value)."""
+        self._many(
+            "INSERT INTO eval_scores (key, side, prompt_id, reward, value) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (key, side, prompt_id, reward) DO UPDATE SET value = excluded.value",
+            [(key, *row) for row in rows],
+        )
+
+    def eval_scores(self, key: str) -> list[EvalScore]:
+        """Scores of evaluation images under ``key``, in the order in which they were put."""
+        sql = "SELECT side, prompt_id, reward, value FROM eval_scores WHERE key = ? ORDER BY ord"
+        return [(row[0], row[1], row[2], row[3]) for row in self._all(sql, key)]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(dict(value), sort_keys=True, ensure_ascii=False)
+
+
+def _ref(ref: FileRef) -> tuple[str, str, int]:
+    return (ref.path, ref.sha256, ref.size)
