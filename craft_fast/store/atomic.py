@@ -55,24 +55,16 @@ def disk_error(error: OSError, path: Path | str) -> CraftError:
         )
     if error.errno in _DENIED:
         return EnvironmentProblem(
-            "A file cannot be written",
-            where=str(path),
-            why=str(error),
-            hint="check the folder's owner and permissions",
+            "A file cannot be written", where=str(path), why=str(error), hint="check the folder's owner and permissions"
         )
     return ResourceError(
-        "Writing a file failed",
-        where=str(path),
-        why=str(error),
-        hint="check the disk, then run again",
+        "Writing a file failed", where=str(path), why=str(error), hint="check the disk, then run again"
     )
 
 
 def make_folder(path: Path) -> Path:
     """Create ``path`` and its missing parents, each entry fsynced into its parent folder."""
-    missing = list(
-        itertools.takewhile(lambda folder: not folder.exists(), [path, *path.parents])
-    )
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), [path, *path.parents]))
     try:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
@@ -104,9 +96,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview]) -> Written:
     """Write the concatenation of ``chunks`` to ``path`` atomically; see ``write_bytes``."""
     path = Path(path)
     make_folder(path.parent)
-    temp = path.with_name(
-        f".{path.name[:100]}.{os.getpid()}-{next(_counter)}{TEMP_SUFFIX}"
-    )
+    temp = path.with_name(f".{path.name[:100]}.{os.getpid()}-{next(_counter)}{TEMP_SUFFIX}")
     try:
         written = _write_temp(temp, chunks)
         _replace(temp, path)
@@ -148,17 +138,11 @@ def write_text(path: Path, text: str) -> Written:
 
 def write_json(path: Path, value: Any) -> Written:
     """Write ``value`` as indented JSON with sorted keys; NaN and infinity are refused."""
-    return write_text(
-        path,
-        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        + "\n",
-    )
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str] | None = None,
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Written:
     """Write ``tensors`` (any shape, any device) as safetensors, the same bytes for the same content.
 
@@ -178,9 +162,7 @@ def _safetensors_chunks(
 ) -> Iterator[bytes | memoryview]:
     # Widest element first, as the library does: every tensor then starts aligned to its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = (
-        {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    )
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in names:
         tensor = tensors[name]
@@ -238,10 +220,7 @@ class Batch:
         return write_json(self.folder / name, value)
 
     def write_safetensors(
-        self,
-        name: str,
-        tensors: Mapping[str, torch.Tensor],
-        metadata: Mapping[str, str] | None = None,
+        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
     ) -> Written:
         """``write_safetensors`` of a file in the batch's folder."""
         return write_safetensors(self.folder / name, tensors, metadata)

@@ -26,9 +26,7 @@ def sha256_file(path: Path | str) -> str:
 
 def digest_json(obj: Any) -> str:
     """Sha256 of ``obj`` as canonical JSON: sorted keys, no spaces, no NaN; tuples count as lists."""
-    text = json.dumps(
-        obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    )
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return sha256_bytes(text.encode())
 
 
@@ -43,18 +41,10 @@ def digest_folder(path: Path | str) -> str:
     root = Path(path)
     if not root.is_dir():
         raise EnvironmentProblem(
-            "There is no such model folder",
-            where=str(path),
-            hint="check the path in the settings",
+            "There is no such model folder", where=str(path), hint="check the path in the settings"
         )
-    files = sorted(
-        file
-        for file in root.rglob("*")
-        if file.suffix in _DIGESTED_SUFFIXES and file.is_file()
-    )
-    return digest_json(
-        [[file.relative_to(root).as_posix(), _sha256_cached(file)] for file in files]
-    )
+    files = sorted(file for file in root.rglob("*") if file.suffix in _DIGESTED_SUFFIXES and file.is_file())
+    return digest_json([[file.relative_to(root).as_posix(), _sha256_cached(file)] for file in files])
 
 
 def _sha256_cached(path: Path) -> str:

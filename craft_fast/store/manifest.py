@@ -54,9 +54,7 @@ class Manifest:
                 self._db.execute("PRAGMA query_only = ON")
                 return
             if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                self._db.executescript(
-                    f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
+                self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             self._check_version()
 
     def _check_version(self) -> None:
@@ -74,7 +72,6 @@ class Manifest:
         try:
             yield
         except sqlite3.Error as error:
-            # "attempt to write a readonly database" and the like pass through sqlite_errorname too.
             name = getattr(error, "sqlite_errorname", "")
             if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
                 raise ResourceError(
@@ -83,20 +80,14 @@ class Manifest:
                     why=str(error),
                     hint="free some space, then type the same command again: it continues",
                 ) from error
-            if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith(
-                "SQLITE_CORRUPT"
-            ):
+            if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT"):
                 raise IntegrityError(
                     "The run's manifest is damaged",
                     where=str(self.path),
                     why=str(error),
                     hint="move the run's folder away and run again",
                 ) from error
-            raise CraftError(
-                "The run's manifest cannot be used",
-                where=str(self.path),
-                why=str(error),
-            ) from error
+            raise CraftError("The run's manifest cannot be used", where=str(self.path), why=str(error)) from error
 
     def close(self) -> None:
         """Close the file; the manifest cannot be used afterwards."""
@@ -142,10 +133,7 @@ class Manifest:
 
     def set_meta(self, k: str, v: str) -> None:
         """Keep the text ``v`` under ``k``."""
-        self._many(
-            "INSERT INTO meta (k, v) VALUES (?, ?) ON CONFLICT (k) DO UPDATE SET v = excluded.v",
-            [(k, v)],
-        )
+        self._many(_upsert("meta", "k", "v"), [(k, v)])
 
     def stage(self, name: str) -> StageRow | None:
         """State of one stage, or None when it never began."""
@@ -153,16 +141,11 @@ class Manifest:
 
     def stages(self) -> list[StageRow]:
         """All stages that ever began, in the order in which they first did."""
-        rows = self._all(
-            "SELECT name, key, state, seconds, peak_gib, info FROM stages ORDER BY ord"
-        )
-        return [
-            StageRow(name, key, state, s, peak, json.loads(info))
-            for name, key, state, s, peak, info in rows
-        ]
+        rows = self._all("SELECT name, key, state, seconds, peak_gib, info FROM stages ORDER BY ord")
+        return [StageRow(name, key, state, s, peak, json.loads(info)) for name, key, state, s, peak, info in rows]
 
     def begin_stage(self, name: str, key: str) -> StageRow:
-        """Mark a stage as running under ``key``; one that was interrupted under the same key keeps its seconds and info."""
+        """Mark a stage as running; one that was interrupted under the same ``key`` keeps its seconds and info."""
         before = self.stage(name)
         if before is not None and before.state == "running" and before.key == key:
             return before
@@ -171,58 +154,26 @@ class Manifest:
         return row
 
     def finish_stage(
-        self,
-        name: str,
-        key: str,
-        seconds: float,
-        peak_gib: float | None,
-        info: Mapping[str, Any] | None = None,
+        self, name: str, key: str, seconds: float, peak_gib: float | None, info: Mapping[str, Any] | None = None
     ) -> None:
         """Mark a stage as done."""
         self.put_stage(StageRow(name, key, "done", seconds, peak_gib, info or {}))
 
     def put_stage(self, row: StageRow) -> None:
         """Write a stage's row as it is."""
-        values = (
-            row.name,
-            row.key,
-            row.state,
-            row.seconds,
-            row.peak_gib,
-            _json(row.info),
-        )
-        self._many(
-            "INSERT INTO stages (name, key, state, seconds, peak_gib, info) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name)"
-            " DO UPDATE SET key = excluded.key, state = excluded.state, seconds = excluded.seconds,"
-            " peak_gib = excluded.peak_gib, info = excluded.info",
-            [values],
-        )
+        values = (row.name, row.key, row.state, row.seconds, row.peak_gib, _json(row.info))
+        self._many(_upsert("stages", "name", "key state seconds peak_gib info"), [values])
 
     # ---- prompts and candidates
 
     def put_groups(self, key: str, groups: Iterable[Group]) -> None:
         """Keep groups (prompts with their variants) under the expansion ``key``."""
-        rows = [
-            (
-                key,
-                group.prompt.split,
-                group.prompt.prompt_id,
-                group.prompt.text,
-                group.prompt.line,
-                _json(group.prompt.meta),
-                json.dumps(
-                    [[variant.member, variant.text] for variant in group.variants],
-                    ensure_ascii=False,
-                ),
-            )
-            for group in groups
-        ]
-        self._many(
-            "INSERT INTO prompts (key, split, prompt_id, text, line, meta, variants) VALUES (?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT (key, split, prompt_id) DO UPDATE SET text = excluded.text, line = excluded.line,"
-            " meta = excluded.meta, variants = excluded.variants",
-            rows,
-        )
+        rows = []
+        for group in groups:
+            prompt, variants = group.prompt, [[variant.member, variant.text] for variant in group.variants]
+            texts = (prompt.text, prompt.line, _json(prompt.meta), json.dumps(variants, ensure_ascii=False))
+            rows.append((key, prompt.split, prompt.prompt_id, *texts))
+        self._many(_upsert("prompts", "key split prompt_id", "text line meta variants"), rows)
 
     def groups(self, key: str, split: Split = "train") -> list[Group]:
         """Groups under ``key``, in the order in which they were put."""
@@ -232,10 +183,7 @@ class Manifest:
         return [
             Group(
                 Prompt(prompt_id, text, split, line, json.loads(meta)),
-                tuple(
-                    Variant(prompt_id, member, variant)
-                    for member, variant in json.loads(variants)
-                ),
+                tuple(Variant(prompt_id, member, variant) for member, variant in json.loads(variants)),
             )
             for prompt_id, text, line, meta, variants in self._all(sql, key, split)
         ]
@@ -250,15 +198,7 @@ class Manifest:
             self._db.executemany(
                 "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (
-                        key,
-                        row.prompt_id,
-                        row.member,
-                        row.candidate_id,
-                        row.base_prompt,
-                        row.prompt,
-                        row.noise_seed,
-                    )
+                    (key, row.prompt_id, row.member, row.candidate_id, row.base_prompt, row.prompt, row.noise_seed)
                     + _ref(row.latents)
                     + _ref(row.image)
                     for row in rows
@@ -273,17 +213,11 @@ class Manifest:
             " FROM candidates c JOIN candidate_groups g ON g.key = c.key AND g.prompt_id = c.prompt_id"
             " WHERE c.key = ? ORDER BY g.ord, c.member"
         )
-        return [
-            Candidate(*row[:6], latents=FileRef(*row[6:9]), image=FileRef(*row[9:12]))
-            for row in self._all(sql, key)
-        ]
+        return [_candidate(row) for row in self._all(sql, key)]
 
     def drop_candidates(self, key: str, prompt_ids: Iterable[str]) -> None:
         """Forget the candidates of some groups, so that they are made again in their old place."""
-        self._many(
-            "DELETE FROM candidates WHERE key = ? AND prompt_id = ?",
-            [(key, item) for item in prompt_ids],
-        )
+        self._many("DELETE FROM candidates WHERE key = ? AND prompt_id = ?", [(key, item) for item in prompt_ids])
 
     # ---- scores and verdicts
 
@@ -317,24 +251,13 @@ class Manifest:
 
     def put_selections(self, key: str, rows: Sequence[Selection]) -> None:
         """Keep the filter's verdicts."""
-        self._many(
-            "INSERT INTO selections (key, candidate_id, prompt_id, member, accepted, passed, r_total, advantage)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, candidate_id) DO UPDATE SET"
-            " accepted = excluded.accepted, passed = excluded.passed, r_total = excluded.r_total,"
-            " advantage = excluded.advantage",
-            [
-                (
-                    key,
-                    row.candidate_id,
-                    row.prompt_id,
-                    row.member,
-                    int(row.accepted),
-                    _json(row.passed),
-                )
-                + (row.r_total, row.advantage)
-                for row in rows
-            ],
-        )
+        values = [
+            (key, row.candidate_id, row.prompt_id, row.member, row.accepted, _json(row.passed))
+            + (row.r_total, row.advantage)
+            for row in rows
+        ]
+        columns = "prompt_id member accepted passed r_total advantage"
+        self._many(_upsert("selections", "key candidate_id", columns), values)
 
     def selections(self, key: str) -> list[Selection]:
         """Verdicts under ``key``, in the order in which they were put."""
@@ -343,31 +266,14 @@ class Manifest:
             " WHERE key = ? ORDER BY ord"
         )
         return [
-            Selection(
-                candidate_id,
-                prompt_id,
-                member,
-                bool(accepted),
-                json.loads(passed),
-                r_total,
-                advantage,
-            )
-            for candidate_id, prompt_id, member, accepted, passed, r_total, advantage in self._all(
-                sql, key
-            )
+            Selection(candidate_id, prompt_id, member, bool(accepted), json.loads(passed), r_total, advantage)
+            for candidate_id, prompt_id, member, accepted, passed, r_total, advantage in self._all(sql, key)
         ]
 
     def put_samples(self, key: str, rows: Sequence[Sample]) -> None:
         """Keep training samples."""
-        self._many(
-            "INSERT INTO samples (key, sample_id, candidate_id, prompt, weight) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (key, sample_id) DO UPDATE SET candidate_id = excluded.candidate_id,"
-            " prompt = excluded.prompt, weight = excluded.weight",
-            [
-                (key, row.sample_id, row.candidate_id, row.prompt, row.weight)
-                for row in rows
-            ],
-        )
+        values = [(key, row.sample_id, row.candidate_id, row.prompt, row.weight) for row in rows]
+        self._many(_upsert("samples", "key sample_id", "candidate_id prompt weight"), values)
 
     def samples(self, key: str) -> list[Sample]:
         """Training samples under ``key``, in the order in which they were put."""
@@ -378,11 +284,8 @@ class Manifest:
 
     def put_files(self, kind: str, key: str, files: Mapping[str, FileRef]) -> None:
         """Keep records of files (cache entries, evaluation images, checkpoints, ...) that are already written."""
-        self._many(
-            "INSERT INTO files (kind, key, id, path, sha256, size) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, key, id)"
-            " DO UPDATE SET path = excluded.path, sha256 = excluded.sha256, size = excluded.size",
-            [(kind, key, name, *_ref(ref)) for name, ref in files.items()],
-        )
+        values = [(kind, key, name, *_ref(ref)) for name, ref in files.items()]
+        self._many(_upsert("files", "kind key id", "path sha256 size"), values)
 
     def files(self, kind: str, key: str) -> dict[str, FileRef]:
         """Id to file record."""
@@ -391,44 +294,26 @@ class Manifest:
 
     def drop_files(self, kind: str, key: str, ids: Iterable[str]) -> None:
         """Forget files that are being removed or rebuilt."""
-        self._many(
-            "DELETE FROM files WHERE kind = ? AND key = ? AND id = ?",
-            [(kind, key, item) for item in ids],
-        )
+        self._many("DELETE FROM files WHERE kind = ? AND key = ? AND id = ?", [(kind, key, item) for item in ids])
 
     def all_files(self) -> list[tuple[str, str, str, FileRef]]:
         """Every file that a row names: (kind, key, id, record); candidates have kinds ``latents`` and ``image``."""
         rows = [
-            (*row[:3], FileRef(*row[3:]))
-            for row in self._all("SELECT kind, key, id, path, sha256, size FROM files")
+            (*row[:3], FileRef(*row[3:])) for row in self._all("SELECT kind, key, id, path, sha256, size FROM files")
         ]
         for kind in ("latents", "image"):
             sql = f"SELECT key, candidate_id, {kind}_path, {kind}_sha256, {kind}_size FROM candidates"
-            rows += [
-                (kind, row[0], row[1], FileRef(*row[2:])) for row in self._all(sql)
-            ]
+            rows += [(kind, row[0], row[1], FileRef(*row[2:])) for row in self._all(sql)]
         return rows
 
     def put_eval(self, key: str, rows: Sequence[EvalRow]) -> None:
         """Keep the evaluation's table."""
-        self._many(
-            "INSERT INTO eval_rows (key, metric, held_out, base_mean, tuned_mean, win_rate, ci_low, ci_high, n)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, metric) DO UPDATE SET held_out = excluded.held_out,"
-            " base_mean = excluded.base_mean, tuned_mean = excluded.tuned_mean, win_rate = excluded.win_rate,"
-            " ci_low = excluded.ci_low, ci_high = excluded.ci_high, n = excluded.n",
-            [
-                (
-                    key,
-                    row.metric,
-                    int(row.held_out),
-                    row.base_mean,
-                    row.tuned_mean,
-                    row.win_rate,
-                )
-                + (row.ci_low, row.ci_high, row.n)
-                for row in rows
-            ],
-        )
+        values = [
+            (key, row.metric, row.held_out, row.base_mean, row.tuned_mean, row.win_rate, row.ci_low, row.ci_high, row.n)
+            for row in rows
+        ]
+        columns = "held_out base_mean tuned_mean win_rate ci_low ci_high n"
+        self._many(_upsert("eval_rows", "key metric", columns), values)
 
     def eval_rows(self, key: str) -> list[EvalRow]:
         """The evaluation's table under ``key``."""
@@ -440,11 +325,7 @@ class Manifest:
 
     def put_eval_scores(self, key: str, rows: Sequence[EvalScore]) -> None:
         """Keep scores of evaluation images: (side, prompt_id, reward, value)."""
-        self._many(
-            "INSERT INTO eval_scores (key, side, prompt_id, reward, value) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (key, side, prompt_id, reward) DO UPDATE SET value = excluded.value",
-            [(key, *row) for row in rows],
-        )
+        self._many(_upsert("eval_scores", "key side prompt_id reward", "value"), [(key, *row) for row in rows])
 
     def eval_scores(self, key: str) -> list[EvalScore]:
         """Scores of evaluation images under ``key``, in the order in which they were put."""
@@ -452,8 +333,25 @@ class Manifest:
         return [(row[0], row[1], row[2], row[3]) for row in self._all(sql, key)]
 
 
+def _upsert(table: str, unique: str, values: str) -> str:
+    """SQL that inserts a row or, where the ``unique`` columns are taken, changes its ``values`` and keeps its place."""
+    columns = unique.split() + values.split()
+    marks = ", ".join("?" * len(columns))
+    changes = ", ".join(f"{name} = excluded.{name}" for name in values.split())
+    return (
+        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+        f" ON CONFLICT ({', '.join(unique.split())}) DO UPDATE SET {changes}"
+    )
+
+
 def _json(value: Any) -> str:
     return json.dumps(dict(value), sort_keys=True, ensure_ascii=False)
+
+
+def _candidate(row: tuple[Any, ...]) -> Candidate:
+    candidate_id, prompt_id, member, base_prompt, prompt, noise_seed, *files = row
+    latents, image = FileRef(*files[:3]), FileRef(*files[3:])
+    return Candidate(candidate_id, prompt_id, member, base_prompt, prompt, noise_seed, latents, image)
 
 
 def _ref(ref: FileRef) -> tuple[str, str, int]:

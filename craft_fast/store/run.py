@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -26,9 +27,7 @@ LOCK_NAME = ".lock"
 class Run:
     """An open run folder; made by ``open_run``."""
 
-    def __init__(
-        self, root: Path, manifest: Manifest, *, read_only: bool = False
-    ) -> None:
+    def __init__(self, root: Path, manifest: Manifest, *, read_only: bool = False) -> None:
         self.root = root
         self.manifest = manifest
         self.read_only = read_only
@@ -46,11 +45,7 @@ class Run:
         """
         path = self.root.joinpath(*parts)
         if not path.resolve().is_relative_to(self.root.resolve()):
-            raise CraftError(
-                "A path would leave the run's folder",
-                where=str(path),
-                why=f"the folder is {self.root}",
-            )
+            raise CraftError("A path would leave the run's folder", where=str(path), why=f"the folder is {self.root}")
         return path
 
     def ref(self, path: Path) -> FileRef:
@@ -61,24 +56,17 @@ class Run:
     def log(self, event: str, **fields: Any) -> None:
         """Append one event to ``log.jsonl``; values that are not finite become strings, so lines stay JSON."""
         record = {"event": event, "time": round(time.time(), 3), **fields}
-        atomic.append_line(
-            self.path(LOG_NAME),
-            json.dumps(_plain(record), ensure_ascii=False, allow_nan=False),
-        )
+        atomic.append_line(self.path(LOG_NAME), json.dumps(_plain(record), ensure_ascii=False, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and (
-        value != value or value in (float("inf"), float("-inf"))
-    ):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return (
-        value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
-    )
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def read_log(run: Run) -> list[dict[str, Any]]:
@@ -98,9 +86,7 @@ def read_log(run: Run) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def open_run(
-    root: Path, *, create: bool = False, read_only: bool = False
-) -> Iterator[Run]:
+def open_run(root: Path, *, create: bool = False, read_only: bool = False) -> Iterator[Run]:
     """Open a run folder; for writing, under its one-writer lock.
 
     Args:
@@ -115,10 +101,7 @@ def open_run(
     root = Path(root)
     if not (root / MANIFEST_NAME).exists() and not create:
         raise UsageError(
-            "There is no such run",
-            where=str(root),
-            why="no manifest.sqlite there",
-            hint="craft-fast run --name NAME",
+            "There is no such run", where=str(root), why="no manifest.sqlite there", hint="craft-fast run --name NAME"
         )
     if read_only:
         manifest = Manifest(root / MANIFEST_NAME, read_only=True)
@@ -195,15 +178,8 @@ def resolve_uri(uri: str) -> Path | str:
     path = Path(uri).expanduser()
     if path.exists():
         return path.resolve()
-    if (
-        path.is_absolute()
-        or uri.startswith((".", "~"))
-        or uri.count("/") != 1
-        or path.suffix in _FILE_SUFFIXES
-    ):
-        raise EnvironmentProblem(
-            "There is no such file or folder", where=uri, why=f"looked in {Path.cwd()}"
-        )
+    if path.is_absolute() or uri.startswith((".", "~")) or uri.count("/") != 1 or path.suffix in _FILE_SUFFIXES:
+        raise EnvironmentProblem("There is no such file or folder", where=uri, why=f"looked in {Path.cwd()}")
     return uri
 
 

@@ -44,12 +44,7 @@ def describe(path: Path | str) -> str | None:
             return name
     # Pickle protocols 2 to 5 begin with 0x80 and the protocol's number; a safetensors header as long as that low
     # byte pattern would still have "{" at offset 8.
-    if (
-        head[0] == 0x80
-        and len(head) > 1
-        and head[1] in (2, 3, 4, 5)
-        and head[8:9] != b"{"
-    ):
+    if head[0] == 0x80 and len(head) > 1 and head[1] in (2, 3, 4, 5) and head[8:9] != b"{":
         return "a pickle"
     return None
 
@@ -76,9 +71,7 @@ def load_safetensors(
     path = Path(path)
     if not path.is_file():
         raise IntegrityError(
-            "A tensor file is missing",
-            where=str(path),
-            hint="craft-fast verify lists what is missing",
+            "A tensor file is missing", where=str(path), hint="craft-fast verify lists what is missing"
         )
     size = path.stat().st_size
     data = path.read_bytes() if size <= _IN_MEMORY_BYTES else None
@@ -93,11 +86,7 @@ def load_safetensors(
             )
     check_header(path)
     try:
-        tensors = (
-            safetensors.torch.load(data)
-            if data is not None
-            else safetensors.torch.load_file(path)
-        )
+        tensors = safetensors.torch.load(data) if data is not None else safetensors.torch.load_file(path)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _not_safetensors(path, str(error)) from error
     if check_finite:
@@ -118,24 +107,16 @@ def check_header(path: Path | str) -> None:
             "A pickle is refused: loading one runs whatever code it holds",
             where=str(path),
             why=f"the file is {kind}, whatever its name says",
-            hint="if you trust where it comes from, convert it with: "
-            + conversion_command(path),
+            hint="if you trust where it comes from, convert it with: " + conversion_command(path),
         )
     if kind is not None:
-        raise IntegrityError(
-            "Not a safetensors file",
-            where=str(path),
-            why=f"the file is {kind}",
-            hint="get it again",
-        )
+        raise IntegrityError("Not a safetensors file", where=str(path), why=f"the file is {kind}", hint="get it again")
     with open(path, "rb") as file:
         prefix = file.read(9)
         size = path.stat().st_size
     length = int.from_bytes(prefix[:8], "little")
     if len(prefix) < 9 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise _not_safetensors(
-            path, f"the header says {length} bytes, the file has {size}"
-        )
+        raise _not_safetensors(path, f"the header says {length} bytes, the file has {size}")
     if prefix[8:9] != b"{":
         raise _not_safetensors(path, "the header is not JSON")
 
@@ -165,11 +146,7 @@ def _refuse_non_finite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     for name, tensor in tensors.items():
         # float8 types have no isfinite of their own.
-        values = (
-            tensor.float()
-            if tensor.dtype.is_floating_point and tensor.element_size() == 1
-            else tensor
-        )
+        values = tensor.float() if tensor.dtype.is_floating_point and tensor.element_size() == 1 else tensor
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
             raise IntegrityError(
@@ -198,23 +175,17 @@ def read_image(path: Path | str) -> torch.Tensor:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise EnvironmentProblem(
-            "A picture cannot be read", where=str(path), why=str(error)
-        ) from error
+        raise EnvironmentProblem("A picture cannot be read", where=str(path), why=str(error)) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(
-                        f"{image.width} x {image.height} pixels"
-                    )
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
                 pixels = np.asarray(image.convert("RGB")).copy()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise IntegrityError(
-            "A picture is too large",
-            where=str(path),
-            why=f"{error}; allowed: 64 megapixels",
+            "A picture is too large", where=str(path), why=f"{error}; allowed: 64 megapixels"
         ) from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise IntegrityError(
