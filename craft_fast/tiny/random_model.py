@@ -18,12 +18,13 @@ from craft_fast.quiet import quiet_progress_bars, quiet_third_party
 
 quiet_third_party()
 
-WORDS = tuple(
+_WORD_TEXT = (
     "a an and the of on in to with at left right above below under over beside next between behind one two three "
     "red green blue yellow purple orange black white grey pink cyan brown circle square triangle star heart diamond "
     "shape shapes background plain sharp vivid clean bright clear crisp centered picture image photo drawing "
-    "small large big tiny simple detailed blurry noisy faded".split()
+    "small large big tiny simple detailed blurry noisy faded"
 )
+WORDS = tuple(_WORD_TEXT.split())
 
 
 def build_clip_tokenizer(
@@ -50,8 +51,8 @@ def build_clip_tokenizer(
         parts = _apply_merges([*word[:-1], f"{word[-1]}</w>"], merges)
         while len(parts) > 1:
             merges.append((parts[0], parts[1]))
-            parts = [parts[0] + parts[1], *parts[2:]]
-            vocab.setdefault(parts[0], len(vocab))
+            vocab.setdefault(parts[0] + parts[1], len(vocab))
+            parts = _apply_merges(parts, merges[-1:])
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocab[special] = len(vocab)
     pad = "<|endoftext|>" if pad_id is None else symbols[pad_id]
