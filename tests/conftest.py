@@ -1,0 +1,48 @@
+"""Sets the environment of every test before torch is imported, and keeps tests apart from one another."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Read by OpenMP, tokenizers and huggingface_hub at import time, so they must be set before any of them is loaded.
+_IMPORTED_EARLY = [name for name in ("torch", "transformers", "huggingface_hub") if name in sys.modules]
+for _name, _value in {
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads on a busy machine were measured 90x slower
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+# What a developer has set for own runs must not decide what the tests see.
+for _name in [name for name in os.environ if name.startswith("CRAFT_")]:
+    del os.environ[_name]
+
+from craft_fast.quiet import quiet_third_party  # noqa: E402  (the environment comes first)
+
+quiet_third_party()
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _IMPORTED_EARLY:
+        raise pytest.UsageError(f"{', '.join(_IMPORTED_EARLY)} was imported before tests/conftest.py set OMP_* and HF_*")
+
+
+@pytest.fixture(autouse=True)
+def _same_place_and_environment() -> Iterator[None]:
+    """A test that changes the working folder or the environment does not hand them to the next one."""
+    folder, environment = os.getcwd(), dict(os.environ)
+    yield
+    os.chdir(folder)
+    for name in set(os.environ) - set(environment):
+        # PYTEST_CURRENT_TEST is pytest's own and changes between the phases of a test.
+        if name != "PYTEST_CURRENT_TEST":
+            del os.environ[name]
+    for name, value in environment.items():
+        if name != "PYTEST_CURRENT_TEST" and os.environ.get(name) != value:
+            os.environ[name] = value
