@@ -49,13 +49,12 @@ class Manifest:
             self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            if read_only:
-                self._check_version()
-                self._db.execute("PRAGMA query_only = ON")
-                return
             if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+                # Also what a kill leaves that comes before the first commit.
                 self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
             self._check_version()
+            if read_only:
+                self._db.execute("PRAGMA query_only = ON")
 
     def _check_version(self) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -195,15 +194,12 @@ class Manifest:
                 "INSERT OR IGNORE INTO candidate_groups (key, prompt_id) VALUES (?, ?)",
                 [(key, row.prompt_id) for row in rows],
             )
-            self._db.executemany(
-                "INSERT OR REPLACE INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (key, row.prompt_id, row.member, row.candidate_id, row.base_prompt, row.prompt, row.noise_seed)
-                    + _ref(row.latents)
-                    + _ref(row.image)
-                    for row in rows
-                ],
-            )
+            marks = ", ".join("?" * 13)
+            values = []
+            for row in rows:
+                text = (row.candidate_id, row.base_prompt, row.prompt, row.noise_seed)
+                values.append((key, row.prompt_id, row.member, *text, *_ref(row.latents), *_ref(row.image)))
+            self._db.executemany(f"INSERT OR REPLACE INTO candidates VALUES ({marks})", values)
 
     def candidates(self, key: str) -> list[Candidate]:
         """Candidates under ``key`` by group (in the order of first insertion) and member."""
@@ -251,11 +247,10 @@ class Manifest:
 
     def put_selections(self, key: str, rows: Sequence[Selection]) -> None:
         """Keep the filter's verdicts."""
-        values = [
-            (key, row.candidate_id, row.prompt_id, row.member, row.accepted, _json(row.passed))
-            + (row.r_total, row.advantage)
-            for row in rows
-        ]
+        values = []
+        for row in rows:
+            verdict = (row.prompt_id, row.member, row.accepted, _json(row.passed), row.r_total, row.advantage)
+            values.append((key, row.candidate_id, *verdict))
         columns = "prompt_id member accepted passed r_total advantage"
         self._many(_upsert("selections", "key candidate_id", columns), values)
 
