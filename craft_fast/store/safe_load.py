@@ -126,7 +126,8 @@ def conversion_command(path: Path) -> str:
     source, target = str(path), str(path.with_suffix("")) + ".converted.safetensors"
     program = (
         "import torch, safetensors.torch as s; "
-        f"d = torch.load(open({json.dumps(source)}, 'rb'), weights_only=True, map_location='cpu'); d = d.get('state_dict', d); "
+        f"d = torch.load(open({json.dumps(source)}, 'rb'), weights_only=True, map_location='cpu'); "
+        "d = d.get('state_dict', d); "
         f"s.save_file({{k: v.contiguous() for k, v in d.items()}}, {json.dumps(target)})"
     )
     return "python -c " + shlex.quote(program)
