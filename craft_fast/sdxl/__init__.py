@@ -1,0 +1,1 @@
+"""Everything that knows SDXL: loading, text, UNet, VAE, noise schedule, sampling."""
