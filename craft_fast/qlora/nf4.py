@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from types import ModuleType
@@ -35,15 +34,6 @@ def import_bitsandbytes() -> ModuleType:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = hidden
-
-
-def share_structure(module: nn.Module) -> nn.Module:
-    """Copy the module tree but share every tensor with the original.
-
-    Layers of the copy can be replaced or wrapped while the original stays usable, without a second set of weights.
-    """
-    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, memo)
 
 
 def quantize_nf4(unet: nn.Module, *, compute_dtype: torch.dtype, double_quant: bool = True) -> int:
@@ -88,8 +78,8 @@ def _to_linear4bit(layer: nn.Linear, compute_dtype: torch.dtype, double_quant: b
     )
     quantized.weight = weight.to(layer.weight.device)
     if layer.bias is not None:
-        # A copy in the compute dtype: Linear4bit casts its bias in place, and the original may be shared.
-        quantized.bias = nn.Parameter(layer.bias.detach().to(compute_dtype, copy=True), requires_grad=False)
+        # In the compute dtype now: Linear4bit would cast its bias in place in the first forward.
+        quantized.bias = nn.Parameter(layer.bias.detach().to(compute_dtype), requires_grad=False)
     # In eval mode Linear4bit repacks the weight for an inference kernel that has no backward; we train afterwards.
     quantized.support_avx512bf16_for_cpu = False
     quantized.train(layer.training)
