@@ -27,6 +27,7 @@ from craft_fast.store.safe_load import load_safetensors
 
 FILES_KIND = "checkpoint"
 COMPLETE = "COMPLETE.json"
+_FILES = {"adapter.safetensors", "optimizer.safetensors", "state.json"}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -89,7 +90,10 @@ def save(
     run.manifest.put_files(
         FILES_KIND, key, {f"{final.name}/{name}": _ref(run, final / name, *written) for name, written in refs.items()}
     )
-    for old in [folder for folder, _ in _complete(run, key)][keep:]:
+    # What claims a later step than the one just saved was passed over as damaged when training resumed.
+    earlier = [folder for folder, record in _complete(run, key) if int(record["step"]) <= step]
+    later = [folder for folder, record in _complete(run, key) if int(record["step"]) > step]
+    for old in [*later, *earlier[keep:]]:
         _forget(run, old)
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -161,7 +165,8 @@ def _complete(run: Run, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
 def _record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        return record if isinstance(record["key"], str) and set(record["files"]) and int(record["step"]) >= 0 else None
+        whole = isinstance(record["key"], str) and set(record["files"]) == _FILES and int(record["step"]) >= 0
+        return record if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,17 +1,104 @@
-"""What the training loss needs besides the network: weights by timestep and weights by sample.
+"""What the training loss needs besides the network: the draws of a step, weights by timestep, weights by sample.
 
 The loss itself is ``craft_kernels.weighted_noise_loss``, design.md section 1 item 6. How an advantage becomes a
 weight (phi) is the filter's matter; here weights are only normalised.
 
-Shapes: T training timesteps, N training samples.
+Shapes: T training timesteps, N training samples, B samples of a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from craft_fast.errors import ConfigError, CraftError
+from craft_fast.rng import derive_seed, generator, permutation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The draws of one step, on the CPU.
+
+    Attributes:
+        rows: int64 [B], which samples of the set.
+        timesteps: int64 [B], in [0, T).
+        noise: float32 [B, C, h, w], standard normal.
+        dropped: bool [B], trained with the empty prompt.
+    """
+
+    rows: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    dropped: Tensor
+
+
+def sample_rows(n: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
+    """Rows of a step's samples: the stream of shuffled epochs, order = f(seed, epoch), cut into batches.
+
+    Args:
+        n: samples in the set.
+        batch_size: B; may be larger than ``n``.
+        seed: root seed.
+        step: optimizer steps done before.
+
+    Returns:
+        B pairs (row, how often the row came before in this step).
+    """
+    seen: dict[int, int] = {}
+    found = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        row = _epoch_order(n, derive_seed(seed, "train", "order", position // n))[position % n]
+        found.append((row, seen.get(row, 0)))
+        seen[row] = seen.get(row, 0) + 1
+    return found
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(n: int, seed: int) -> list[int]:
+    return permutation(n, seed)
+
+
+def draw_batch(
+    sample_ids: Sequence[str],
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    timesteps: int,
+    batch_size: int,
+    prompt_dropout: float,
+) -> Batch:
+    """The draws of one step: each sample's own, f(seed, "train", sample_id, step), whatever batch is around it.
+
+    A sample that comes more than once in a step (a small set, or the seam of two epochs) gets other draws each time.
+
+    Args:
+        sample_ids: ids of the N samples of the set.
+        shape: [C, h, w] of one sample's latents.
+        seed: root seed.
+        step: optimizer steps done before.
+        timesteps: T; drawn uniformly from [0, T).
+        batch_size: B, the global batch.
+        prompt_dropout: chance of the empty prompt.
+    """
+    rows = sample_rows(len(sample_ids), batch_size, seed=seed, step=step)
+    drawn_t, drawn_noise, dropped = [], [], []
+    for row, repeat in rows:
+        parts = (sample_ids[row], step, repeat) if repeat else (sample_ids[row], step)
+        draw = generator(derive_seed(seed, "train", *parts))
+        dropped.append(float(torch.rand((), generator=draw)) < prompt_dropout)
+        drawn_t.append(int(torch.randint(timesteps, (), generator=draw)))
+        drawn_noise.append(torch.randn(tuple(shape), generator=draw))
+    return Batch(
+        rows=torch.tensor([row for row, _ in rows]),
+        timesteps=torch.tensor(drawn_t),
+        noise=torch.stack(drawn_noise),
+        dropped=torch.tensor(dropped),
+    )
 
 
 def snr(alphas_cumprod: Tensor) -> Tensor:
