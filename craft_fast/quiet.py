@@ -2,7 +2,7 @@
 
 Notices that are handled (each with the reason why a user need not act):
 
-* bitsandbytes on CPUs with AVX512-BF16 offers an optional kernel from a hub; the built-in path is used.
+* bitsandbytes on CPUs with AVX512-BF16 asks a hub for an optional kernel; see ``import_bitsandbytes``.
 * transformers tells that torchvision is absent; nothing here needs it.
 * diffusers names optional packages that are absent; each feature that needs one says so itself.
 * tokenizers warns about forks after use of its thread pool; parallel tokenising is not used.
@@ -11,9 +11,13 @@ Notices that are handled (each with the reason why a user need not act):
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 import warnings
+from types import ModuleType
+from typing import Any
 
 _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -48,6 +52,27 @@ def quiet_third_party() -> None:
     warnings.filterwarnings("ignore", message=r".*torchvision.*", category=UserWarning)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(diffusers|transformers|peft|bitsandbytes)\b.*")
+
+
+def import_bitsandbytes() -> ModuleType:
+    """Import bitsandbytes without its request to a model hub; diffusers and PEFT import it too, so call this first.
+
+    On CPUs with AVX512-BF16 the package asks a hub for an optional inference kernel while it is imported: 3 s, a
+    notice, and on machines that reach the hub another result than on those that do not. That kernel is never used
+    here, so ``kernels`` is hidden during the import.
+    """
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    missing = object()
+    hidden: Any = sys.modules.get("kernels", missing)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("bitsandbytes")
+    finally:
+        if hidden is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = hidden
 
 
 def quiet_progress_bars() -> None:

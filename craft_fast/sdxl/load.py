@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from craft_fast.errors import ConfigError, CraftError, EnvironmentProblem, IntegrityError, ResourceError
-from craft_fast.quiet import quiet_progress_bars, quiet_third_party
+from craft_fast.quiet import import_bitsandbytes, quiet_progress_bars, quiet_third_party
 from craft_fast.store.digest import digest_folder, digest_json, sha256_file
 from craft_fast.store.run import resolve_uri
 from craft_fast.store.safe_load import check_header, conversion_command
@@ -183,6 +184,8 @@ def load_sdxl(
     folder = model_folder(path)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
+    with contextlib.suppress(ImportError):
+        import_bitsandbytes()
     import diffusers
     import transformers
 

@@ -5,14 +5,18 @@ Shapes: B images, latents [B, 4, h, w].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from craft_fast.config import GenerateSettings
-from craft_fast.errors import CraftError
+from craft_fast.errors import CraftError, ResourceError
+from craft_fast.rng import normal
 from craft_fast.sdxl.load import SdxlModel
-from craft_fast.sdxl.text import PromptEmbeds, add_time_ids
+from craft_fast.sdxl.text import PromptEmbeds, add_time_ids, encode_prompts
+from craft_fast.sdxl.vae import decode_latents
 
 
 def make_scheduler(model: SdxlModel, name: str) -> Any:
@@ -95,6 +99,63 @@ def sample_latents(
             hint="--set model.dtype=bfloat16 or float32; after training, a lower train.learning_rate",
         )
     return latents
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Finished pictures, on the CPU.
+
+    Attributes:
+        latents: float32 [B, 4, h, w], UNet space.
+        images: uint8 [B, 3, H, W].
+        truncated: per prompt, whether its end was cut off.
+    """
+
+    latents: torch.Tensor
+    images: torch.Tensor
+    truncated: list[bool]
+
+
+def draw(
+    model: SdxlModel,
+    prompts: Sequence[str],
+    noise_seeds: Sequence[int],
+    *,
+    settings: GenerateSettings,
+    unet: Any = None,
+) -> Drawn:
+    """Prompts to pictures, at most ``settings.batch_size`` at a time; the initial noise is a function of its seed.
+
+    Args:
+        model: the SDXL.
+        prompts: B texts.
+        noise_seeds: B seeds.
+        settings: how to denoise.
+        unet: used instead of ``model.unet``.
+
+    Raises:
+        ResourceError: the batch does not fit the device.
+        CraftError: NaN or infinity came out.
+    """
+    shape = model.latent_shape(settings.height_px, settings.width_px)
+    latents, images = [], []
+    try:
+        embeds = encode_prompts(model, prompts)
+        negative = encode_prompts(model, [settings.negative_prompt])
+        for start in range(0, len(prompts), settings.batch_size):
+            rows = range(start, min(start + settings.batch_size, len(prompts)))
+            noise = torch.stack([normal(shape, noise_seeds[row]) for row in rows])
+            part = sample_latents(model, embeds.select(rows), negative, noise, settings=settings, unet=unet)
+            images.append(decode_latents(model, part))
+            latents.append(part.cpu())
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "Not enough GPU memory to make pictures",
+            where=f"generate.batch_size={settings.batch_size}",
+            why=str(error).splitlines()[0],
+            hint=f"--set generate.batch_size={max(1, settings.batch_size // 2)}",
+        ) from error
+    return Drawn(torch.cat(latents), torch.cat(images), embeds.truncated)
 
 
 def _conditioning(embeds: PromptEmbeds, negative: PromptEmbeds | None, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

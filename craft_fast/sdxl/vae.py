@@ -5,6 +5,7 @@ Shapes: B images, H x W pixels, h x w latent pixels. Latents are in UNet space: 
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import torch
@@ -64,6 +65,15 @@ def encode_images(model: SdxlModel, images: torch.Tensor) -> torch.Tensor:
         pixels = part.to(model.device, torch.float32) / 127.5 - 1
         parts.append(vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float())
     return _to_unet_space(vae, torch.cat(parts))
+
+
+def png_bytes(image: torch.Tensor) -> bytes:
+    """A uint8 [3, H, W] image as PNG; the same bytes for the same pixels."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def _mean_std(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
