@@ -92,6 +92,11 @@ class Manifest:
         """Close the file; the manifest cannot be used afterwards."""
         self._db.close()
 
+    def problems(self) -> list[str]:
+        """What SQLite's own check of the whole file finds; empty when nothing."""
+        found = [str(row[0]) for row in self._all("PRAGMA integrity_check(20)")]
+        return [] if found == ["ok"] else found
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes inside are committed together, or none; nests into the outermost one."""

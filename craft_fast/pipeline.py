@@ -1,0 +1,218 @@
+"""The recipe: which stage comes when, what is done, what is stale.
+
+Stages never call one another; this is the one place that knows their order. Each leaves its records in the run's
+manifest under a key; a stage whose key is unchanged costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from craft_fast.config import Settings
+from craft_fast.errors import UsageError
+from craft_fast.pipeline_keys import expander_cache, input_keys
+from craft_fast.pipeline_stages import Stages
+from craft_fast.pipeline_stream import STREAMED, Stream, Work
+from craft_fast.progress import Progress, Silent
+from craft_fast.records import EvalRow, StageRow
+from craft_fast.store import atomic
+from craft_fast.store.digest import sha256_bytes
+from craft_fast.store.run import Run, open_run
+from craft_fast.workbench import Workbench
+
+STAGES = ("expand", "generate", "score", "filter", "cache", "train", "export", "evaluate", "report")
+CONFIG_NAME = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a call of ``run_pipeline`` leaves behind; paths are None where that stage has not been reached.
+
+    Attributes:
+        root: the run's folder.
+        stages: state, cost and figures of every stage so far.
+        accepted: samples accepted by the filter.
+        wanted: ``filter.target_samples``.
+        images: candidates used.
+        acceptance: share of variants that pass, by reward and under ``all``.
+        evaluation: tuned against base on held-out prompts.
+        lora: the LoRA file, or the folder of a whole UNet.
+        report: the HTML page.
+        report_json: the same as JSON.
+    """
+
+    root: Path
+    stages: list[StageRow] = field(default_factory=list)
+    accepted: int = 0
+    wanted: int = 0
+    images: int = 0
+    acceptance: Mapping[str, float] = field(default_factory=dict)
+    evaluation: list[EvalRow] = field(default_factory=list)
+    lora: Path | None = None
+    report: Path | None = None
+    report_json: Path | None = None
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One line of ``craft-fast status``.
+
+    Attributes:
+        name: the stage.
+        state: ``done``; ``stale``: done, under other settings or inputs; ``running``: begun, not finished; ``new``.
+        seconds: time it took so far.
+        peak_gib: peak memory.
+        info: its figures.
+    """
+
+    name: str
+    state: Literal["done", "stale", "running", "new"]
+    seconds: float = 0.0
+    peak_gib: float | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_pipeline(
+    root: Path,
+    settings: Settings,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> RunSummary:
+    """Work on a run until it is done; the same call after any interruption continues.
+
+    Args:
+        root: the run's folder; made when missing.
+        settings: resolved settings; saved as ``config.yaml``.
+        until: the last stage to run.
+        only: the one stage to run, on the results of the stages before it.
+        progress: told what happens.
+        should_stop: polled; True saves and raises ``Interrupted``.
+
+    Raises:
+        CraftError: see ``craft_fast.errors``; what was done is saved.
+    """
+    for name in (until, only):
+        if name is not None and name not in STAGES:
+            raise UsageError("There is no such stage", where=name, hint=f"one of: {', '.join(STAGES)}")
+    progress = progress or Silent()
+    bench = Workbench(settings)
+    with open_run(Path(root), create=only in (None, "expand", "generate")) as run:
+        _save_settings(run, settings)
+        keys = input_keys(settings, expander_cache(run))
+        work = Work(run, settings, keys, bench, progress, should_stop)
+        try:
+            _run_stages(work, until, only)
+        finally:
+            bench.close()
+        return _summary(work)
+
+
+def _save_settings(run: Run, settings: Settings) -> None:
+    from craft_fast.settings_io import render_yaml
+
+    text = render_yaml(settings)
+    path = run.path(CONFIG_NAME)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        atomic.write_text(path, text)
+    with run.manifest.transaction():
+        run.manifest.set_meta("seed", str(settings.seed))
+        run.manifest.set_meta("config", sha256_bytes(text.encode()))
+
+
+def _run_stages(work: Work, until: str | None, only: str | None) -> None:
+    stages = Stages(work, STAGES)
+    wanted = [only] if only else list(STAGES[: STAGES.index(until or STAGES[-1]) + 1])
+    if "expand" in wanted or (only == "generate"):
+        stages.expand()
+    else:
+        stages.need("expand")
+    if streamed := [name for name in STREAMED if name in wanted]:
+        _stream(work, stages, streamed)
+    later = [name for name in wanted if name in STAGES[4:]]
+    if not later:
+        return
+    stages.need("filter")
+    for name in STAGES[4 : STAGES.index(later[-1]) + 1]:
+        work.check_stop()
+        if name in later:
+            getattr(stages, name)()
+        else:
+            stages.need(name)
+    if later[-1] == "report" or only == "evaluate":
+        stages.quality_gate()
+
+
+def _stream(work: Work, stages: Stages, streamed: list[str]) -> None:
+    """The streamed stages that are wanted, unless verdicts of the same key are there already."""
+    if "filter" in streamed and stages.filter_done():
+        for name in streamed:
+            stages.say_done(name)
+        return
+    for name in streamed:
+        stages.announce(name)
+    Stream(work, streamed).run()
+
+
+def _summary(work: Work) -> RunSummary:
+    manifest = work.run.manifest
+    rows = {row.name: row for row in manifest.stages()}
+    chosen = rows["filter"].info if "filter" in rows else {}
+    keys = stage_keys(work.run)
+
+    def result(stage: str, name: str) -> Path | None:
+        done = stage in rows and rows[stage].state == "done" and rows[stage].key == keys.get(stage)
+        path = work.run.path(str(rows[stage].info[name])) if done and name in rows[stage].info else None
+        return path if path is not None and path.exists() else None
+
+    return RunSummary(
+        root=work.run.root,
+        stages=manifest.stages(),
+        accepted=int(chosen.get("accepted", 0)),
+        wanted=work.settings.filter.target_samples,
+        images=int(chosen.get("images", 0)),
+        acceptance=chosen.get("acceptance", {}),
+        evaluation=manifest.eval_rows(keys.get("evaluate", "")),
+        lora=result("export", "path"),
+        report=result("report", "html"),
+        report_json=result("report", "json"),
+    )
+
+
+def stage_keys(run: Run) -> dict[str, str]:
+    """The keys that the stages had, or would have had, when the run was last worked on."""
+    found: dict[str, str] = json.loads(run.manifest.get_meta("keys") or "{}")
+    return found
+
+
+def status(root: Path) -> list[StageStatus]:
+    """State of every stage, from the manifest alone; beside a running run, too.
+
+    Args:
+        root: the run's folder.
+
+    Raises:
+        UsageError: there is no such run.
+    """
+    with open_run(Path(root), read_only=True) as run:
+        keys = stage_keys(run)
+        rows = {row.name: row for row in run.manifest.stages()}
+        return [_status(name, rows.get(name), keys.get(name)) for name in STAGES]
+
+
+def _status(name: str, row: StageRow | None, key: str | None) -> StageStatus:
+    if row is None:
+        return StageStatus(name, "new")
+    state: Literal["done", "stale", "running"] = "running" if row.state == "running" else "done"
+    if row.key != key:
+        state = "stale"
+    return StageStatus(name, state, row.seconds, row.peak_gib, row.info)
+
+
+__all__ = ["STAGES", "RunSummary", "StageStatus", "run_pipeline", "stage_keys", "status"]

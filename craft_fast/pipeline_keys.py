@@ -1,0 +1,148 @@
+"""Stage keys: what a stage's result depends on, as one digest (design.md section 2).
+
+A key hashes the stage's version, its settings, the keys of its inputs and the digests of the models it uses. What
+does not change a result (batch sizes, budgets, how often to save) is left out, so changing it makes nothing stale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craft_fast.config import Section, Settings
+from craft_fast.store.digest import digest_json, sha256_file
+from craft_fast.store.run import Run, resolve_uri
+
+VERSIONS = {
+    "expand": 1,
+    "generate": 1,
+    "score": 1,
+    "filter": 1,
+    "cache": 1,
+    "train": 1,
+    "export": 1,
+    "evaluate": 1,
+    "report": 1,
+}
+_BUDGET = {"batch_size", "max_images", "max_minutes"}
+_PROMPT_FILES = {"file", "heldout_file", "vocabulary"}
+_TRANSPORT = {"file", "api_key_env", "timeout_s", "retries"}
+_BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts"}
+_SAMPLE_FIELDS = {"weighting", "weight_clip", "weight_temperature", "condition_on"}
+
+
+@dataclass(frozen=True)
+class InputKeys:
+    """Keys up to the filter, functions of the settings and of the files and models they name.
+
+    Attributes:
+        expand: prompts and their variants.
+        generate: candidates.
+        score: rewards of candidates.
+        filter: verdicts and what the budget decided.
+        text: text embeddings.
+        model: digest of the model and of how it predicts.
+        rewards: reward name to the key under which it scores candidates; held-out rewards are not among them.
+        all_rewards: reward name to its own key.
+    """
+
+    expand: str
+    generate: str
+    score: str
+    filter: str
+    text: str
+    model: str
+    rewards: dict[str, str]
+    all_rewards: dict[str, str]
+
+
+@dataclass(frozen=True)
+class OutputKeys:
+    """Keys from the cache on; they follow from the samples that were accepted."""
+
+    cache: str
+    train: str
+    export: str
+    evaluate: str
+    report: str
+
+
+def expander_cache(run: Run) -> Path:
+    """Where an expander keeps what it was answered."""
+    return run.path("expansions")
+
+
+def input_keys(settings: Settings, cache_dir: Path) -> InputKeys:
+    """Compute the keys up to the filter.
+
+    Args:
+        settings: of the run.
+        cache_dir: of the expander, inside the run's folder.
+
+    Raises:
+        CraftError: a file or a model that the settings name is not there.
+    """
+    from craft_fast.rewards.composite import score_key
+    from craft_fast.rewards.registry import reward_key
+    from craft_fast.sdxl.load import model_digest
+
+    texts = (_plain(settings.prompts, _PROMPT_FILES), _plain(settings.expand, _TRANSPORT))
+    expand = _key("expand", settings.seed, *texts, _inputs(settings, cache_dir))
+    model = digest_json([model_digest(settings.model.path), settings.model.prediction_type, settings.model.dtype])
+    generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET))
+    own = {name: reward_key(name, spec) for name, spec in settings.rewards.items()}
+    rewards = {
+        name: score_key(own[name], settings.score) for name, spec in settings.rewards.items() if not spec.held_out
+    }
+    score = _key("score", generate, rewards)
+    weights = {name: settings.rewards[name].weight for name in rewards}
+    budget = [settings.generate.max_images, settings.generate.max_minutes]
+    chosen = _key("filter", score, weights, budget, _plain(settings.filter))
+    text = _key("cache", model)
+    return InputKeys(expand, generate, score, chosen, text, model, rewards, own)
+
+
+def output_keys(settings: Settings, keys: InputKeys, selection: str) -> OutputKeys:
+    """Compute the keys from the cache on.
+
+    Args:
+        settings: of the run.
+        keys: those before.
+        selection: digest of the accepted candidates and their advantages.
+    """
+    weighting = {name: value for name, value in _plain(settings.train).items() if name in _SAMPLE_FIELDS}
+    cache = _key("cache", keys.filter, keys.text, selection, weighting)
+    train = _key("train", settings.seed, cache, keys.model, _plain(settings.train, _BOOKKEEPING))
+    export = _key("export", train, _plain(settings.export))
+    evaluate = _key(
+        "evaluate",
+        settings.seed,
+        export,
+        keys.expand,
+        keys.all_rewards,
+        _plain(settings.evaluate, {"min_win_rate"}),
+        _plain(settings.generate, _BUDGET),
+    )
+    report = _key("report", evaluate, _plain(settings.report), _plain(settings))
+    return OutputKeys(cache, train, export, evaluate, report)
+
+
+def _key(stage: str, *parts: Any) -> str:
+    return digest_json([stage, VERSIONS[stage], *parts])
+
+
+def _plain(section: Section, exclude: set[str] | None = None) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=exclude)
+
+
+def _inputs(settings: Settings, cache_dir: Path) -> dict[str, str]:
+    """Digests of the files that decide the groups; a path that moves, with the same content, changes nothing."""
+    from craft_fast.expanders import make_expander
+
+    files = (settings.prompts.file, settings.prompts.heldout_file, settings.prompts.vocabulary)
+    expander = make_expander(settings.expand, cache_dir=cache_dir, device=settings.model.device)
+    return {
+        "expander": expander.key,
+        **{str(i): sha256_file(Path(resolve_uri(file))) for i, file in enumerate(files) if file is not None},
+    }

@@ -1,0 +1,147 @@
+"""What stages share while a run is worked on: the model, the rewards, and the clock; loaded late, dropped early."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from craft_fast.config import Settings
+
+if TYPE_CHECKING:
+    from craft_fast.rewards.base import Reward
+    from craft_fast.sdxl.load import SdxlModel
+
+_GIB = 1024**3
+
+
+class Workbench:
+    """Holds at most one model and the rewards in use.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._model: SdxlModel | None = None
+        self._rewards: dict[str, Reward] = {}
+
+    def model(self) -> SdxlModel:
+        """The SDXL, loaded on the first call."""
+        if self._model is None:
+            from craft_fast.sdxl.load import load_sdxl
+
+            wanted = self.settings.model
+            self._model = load_sdxl(
+                wanted.path, device=wanted.device, dtype=wanted.dtype, prediction_type=wanted.prediction_type
+            )
+        return self._model
+
+    def rewards(self, *, held_out: bool) -> list[Reward]:
+        """The rewards that judge candidates or, with ``held_out``, all of them; loaded on the first call."""
+        from craft_fast.rewards.registry import load_reward
+        from craft_fast.sdxl.load import pick_device
+
+        device = pick_device(self.settings.model.device)
+        wanted = {name: spec for name, spec in self.settings.rewards.items() if held_out or not spec.held_out}
+        for name, spec in wanted.items():
+            if name not in self._rewards:
+                self._rewards[name] = load_reward(name, spec, device)
+        return [self._rewards[name] for name in wanted]
+
+    def drop_rewards(self) -> None:
+        """Free the rewards' memory; training needs it."""
+        for reward in self._rewards.values():
+            reward.close()
+        self._rewards.clear()
+        self._free()
+
+    def drop_model(self) -> None:
+        """Free the model's memory; the next use loads it afresh."""
+        if self._model is not None:
+            from craft_fast.sdxl.load import unload
+
+            unload(self._model)
+            self._model = None
+
+    def close(self) -> None:
+        """Free everything."""
+        self.drop_rewards()
+        self.drop_model()
+
+    @staticmethod
+    def _free() -> None:
+        if "torch" in sys.modules:
+            from craft_fast.sdxl.load import free_memory
+
+            free_memory()
+
+
+class Meter:
+    """Seconds and peak memory of one stage, over all the pieces in which it ran.
+
+    Args:
+        seconds: spent before, in sessions that were interrupted.
+        peak_gib: reached before.
+    """
+
+    def __init__(self, seconds: float = 0.0, peak_gib: float | None = None) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+        self.peak_gib = peak_gib
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent so far, those of a block that still runs among them."""
+        return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time and memory of the block, however it ends."""
+        _reset_peak()
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds, self._since = self.seconds, None
+            self.peak_gib = max(self.peak_gib or 0.0, peak_gib())
+
+
+def _gpu_in_use() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def _reset_peak() -> None:
+    if _gpu_in_use():
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        # "5" resets VmHWM, so that a stage is not charged with the peak of an earlier one.
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_gib() -> float:
+    """Peak memory since the last reset: allocated on the GPU where one is in use, else resident in this process."""
+    if _gpu_in_use():
+        import torch
+
+        return float(torch.cuda.max_memory_allocated()) / _GIB
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / _GIB
+    except (OSError, StopIteration):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / _GIB
