@@ -30,7 +30,7 @@ import pytest  # noqa: E402
 
 def pytest_configure(config: pytest.Config) -> None:
     if _IMPORTED_EARLY:
-        raise pytest.UsageError(f"{', '.join(_IMPORTED_EARLY)} was imported before tests/conftest.py set OMP_* and HF_*")
+        raise pytest.UsageError(f"{', '.join(_IMPORTED_EARLY)} came before tests/conftest.py set OMP_* and HF_*")
 
 
 @pytest.fixture(autouse=True)

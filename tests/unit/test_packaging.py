@@ -47,9 +47,8 @@ def python(*args: str, cwd: Path, path: Path | None = None) -> subprocess.Comple
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the tracked sources so that the checkout gets no build folder."""
     source = tmp_path_factory.mktemp("source")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=False
-    )
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:
         pytest.skip("the list of sources comes from git, and this is no git checkout")
     for name in filter(None, listed.stdout.decode().split("\0")):
@@ -103,7 +102,7 @@ def test_the_wheel_imports_from_a_fresh_folder(wheel: Path, tmp_path: Path) -> N
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import craft_fast, craft_kernels, craft_cli as c\nfor m in (craft_fast, craft_kernels, c): print(m.__file__)"
+    code = "import craft_fast as f, craft_kernels as k, craft_cli as c\nfor m in (f, k, c): print(m.__file__)"
     done = python("-c", code, cwd=elsewhere, path=site)
     assert done.returncode == 0, done.stderr
     assert [Path(line).parent.parent for line in done.stdout.split()] == [site, site, site]

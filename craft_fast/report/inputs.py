@@ -1,0 +1,182 @@
+"""What a report shows, read from the manifest, ``log.jsonl`` and the files of a run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import craft_fast
+from craft_fast.records import Candidate, EvalRow, FileRef, Selection, StageRow
+
+if TYPE_CHECKING:
+    from craft_fast.config import Settings
+    from craft_fast.store.manifest import Manifest
+    from craft_fast.store.run import Run
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "triton")
+SIDES = ("base", "tuned")
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInputs:
+    """Under which keys of the manifest the report's parts are; an empty key means that the part is not there."""
+
+    expand: str = ""
+    generate: str = ""
+    filter: str = ""
+    evaluate: str = ""
+    reward_keys: Mapping[str, str] = field(default_factory=dict)
+    """Reward name to the key under which it scored."""
+    images: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Side (``base``, ``tuned``) to kind and key of the evaluation's images, by prompt_id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One held-out prompt before and after, same seed; scores by reward."""
+
+    prompt: str
+    base: Path
+    tuned: Path
+    base_scores: Mapping[str, float]
+    tuned_scores: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """Everything the page and the JSON are made of."""
+
+    title: str
+    name: str
+    made: str
+    seed: int
+    settings_text: str
+    settings: Mapping[str, Any]
+    reward_notes: Mapping[str, str]
+    filter_rewards: Sequence[str]
+    stages: Sequence[StageRow]
+    candidates: Sequence[Candidate]
+    scores: Mapping[str, Mapping[str, float]]
+    selections: Sequence[Selection]
+    evaluation: Sequence[EvalRow]
+    pairs: Sequence[Pair]
+    grid_prompts: int
+    losses: Sequence[tuple[int, float]]
+    versions: Mapping[str, str]
+    loras: Sequence[FileRef]
+
+
+def find_inputs(manifest: Manifest) -> ReportInputs:
+    """The keys of the stages that began, from their rows; the score stage's row tells its rewards' keys."""
+    stages = {row.name: row for row in manifest.stages()}
+
+    def key(name: str) -> str:
+        return stages[name].key if name in stages else ""
+
+    info = stages["score"].info if "score" in stages else {}
+    reward_keys = info.get("reward_keys", {})
+    return ReportInputs(
+        expand=key("expand"),
+        generate=key("generate"),
+        filter=key("filter"),
+        evaluate=key("evaluate"),
+        reward_keys=reward_keys if isinstance(reward_keys, dict) else {},
+        images={side: (f"eval_{side}", key("evaluate")) for side in SIDES},
+    )
+
+
+def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
+    """Read a run.
+
+    Args:
+        run: the open run; read only.
+        settings: its resolved settings.
+        inputs: the keys to read under.
+    """
+    manifest = run.manifest
+    candidates = manifest.candidates(inputs.generate)
+    resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    shown = _without_passwords(resolved)
+    return ReportData(
+        title=settings.report.title,
+        name=run.root.resolve().name,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        seed=settings.seed,
+        settings_text=shown,
+        settings=yaml.safe_load(shown),
+        reward_notes={name: f"{reward.kind}, {reward.path}" for name, reward in settings.rewards.items()},
+        filter_rewards=settings.filter.rewards,
+        stages=[row for row in manifest.stages() if row.state == "done"],
+        candidates=candidates,
+        scores=manifest.scores(inputs.reward_keys, [row.candidate_id for row in candidates]),
+        selections=manifest.selections(inputs.filter),
+        evaluation=manifest.eval_rows(inputs.evaluate),
+        pairs=_pairs(run, inputs),
+        grid_prompts=settings.report.grid_prompts,
+        losses=_losses(run),
+        versions=_versions(),
+        loras=_loras(run),
+    )
+
+
+def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:
+    """Held-out prompts with an image on both sides, in the file's order."""
+    files = [run.manifest.files(*inputs.images[side]) if side in inputs.images else {} for side in SIDES]
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for side, prompt_id, reward, value in run.manifest.eval_scores(inputs.evaluate):
+        scores.setdefault((side, prompt_id), {})[reward] = value
+    pairs = []
+    for group in run.manifest.groups(inputs.expand, "heldout"):
+        prompt_id = group.prompt.prompt_id
+        if all(prompt_id in side for side in files):
+            base, tuned = (run.path(side[prompt_id].path) for side in files)
+            if base.is_file() and tuned.is_file():
+                before, after = (scores.get((side, prompt_id), {}) for side in SIDES)
+                pairs.append(Pair(group.prompt.text, base, tuned, before, after))
+    return pairs
+
+
+def _losses(run: Run) -> list[tuple[int, float]]:
+    """Loss by step; a step that was done again after a kill counts once, with its last value."""
+    path = run.path("log.jsonl")
+    found: dict[int, float] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+                step, loss = event["step"], event["loss"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            if isinstance(step, int) and isinstance(loss, (int, float)) and math.isfinite(loss):
+                found[step] = float(loss)
+    return sorted(found.items())
+
+
+def _versions() -> dict[str, str]:
+    found = {"craft-fast": craft_fast.__version__, "Python": platform.python_version(), "system": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _loras(run: Run) -> list[FileRef]:
+    folder = run.path("lora")
+    return [run.ref(path) for path in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
+
+
+def _without_passwords(text: str) -> str:
+    """Settings as they are shown: a report is made to be passed on, so ``user:password@`` leaves addresses."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

@@ -1,0 +1,45 @@
+"""The run as JSON: design.md section 7."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from craft_fast.report.figures import funnel
+from craft_fast.report.inputs import ReportData
+
+
+def report_json(data: ReportData) -> dict[str, Any]:
+    """The content of ``report.json``; figures that were not measured are null.
+
+    Args:
+        data: the gathered run.
+
+    Returns:
+        ``selection.accepted``, ``stages`` (name, seconds, peak_gib), ``evaluation`` (one object a metric; the interval
+        is that of the mean paired difference, tuned minus base), then the run's name, seed, settings, versions,
+        digests and losses.
+    """
+    steps = funnel(data.selections, data.filter_rewards)
+    return {
+        "selection": {
+            "accepted": sum(row.accepted for row in data.selections),
+            "candidates": len(data.candidates),
+            "funnel": [asdict(step) for step in steps],
+        },
+        "stages": [{"name": row.name, "seconds": row.seconds, "peak_gib": row.peak_gib} for row in data.stages],
+        "evaluation": [{key: _finite(value) for key, value in asdict(row).items()} for row in data.evaluation],
+        "training": {"steps": [step for step, _ in data.losses], "loss": [loss for _, loss in data.losses]},
+        "run": {"name": data.name, "title": data.title, "seed": data.seed, "made": data.made},
+        "settings": data.settings,
+        "versions": dict(data.versions),
+        "digests": {
+            "stages": {row.name: row.key for row in data.stages},
+            "lora": {ref.path: ref.sha256 for ref in data.loras},
+        },
+    }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
