@@ -155,9 +155,7 @@ def _stream(work: Work, stages: Stages, streamed: list[str]) -> None:
         for name in streamed:
             stages.say_done(name)
         return
-    for name in streamed:
-        stages.announce(name)
-    Stream(work, streamed).run()
+    Stream(work, streamed, stages.announce).run()
 
 
 def _summary(work: Work) -> RunSummary:

@@ -70,10 +70,14 @@ class Stream:
     Args:
         work: see ``Work``.
         steps: which of the three stages may do new work; the others only use what is there.
+        announce: told the stage that works now, each time it changes.
     """
 
-    def __init__(self, work: Work, steps: Sequence[str] = STREAMED) -> None:
+    def __init__(
+        self, work: Work, steps: Sequence[str] = STREAMED, announce: Callable[[str], None] = lambda name: None
+    ) -> None:
         self.work = work
+        self._announce = announce
         self.steps = frozenset(steps)
         manifest, keys = work.run.manifest, work.keys
         self.groups = manifest.groups(keys.expand, "train")
@@ -191,6 +195,7 @@ class Stream:
         work = self.work
         if len(self._candidates(block)) == sum(len(group.variants) for group in block):
             return False
+        self._announce("generate")
         with self.meters["generate"].running():
             generate(
                 work.run,
@@ -211,6 +216,7 @@ class Stream:
         work = self.work
         scores = self._scores(rows)
         if any(set(work.keys.rewards) - set(scores.get(row.candidate_id, {})) for row in rows):
+            self._announce("score")
             with self.meters["score"].running():
                 score_candidates(
                     work.run,
@@ -246,6 +252,7 @@ class Stream:
         settings = self.work.settings
         weights = {name: settings.rewards[name].weight for name in self.work.keys.rewards}
         rows = self._candidates(used)
+        self._announce("filter")
         with self.meters["filter"].running():
             return filter_candidates(used, rows, self._scores(rows), settings.filter, weights, final)
 
