@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from craft_fast import checkpoint
-from craft_fast.cache import LatentsError, CachedSet, build_cache, load_cache
+from craft_fast.cache import CachedSet, LatentsError, build_cache, load_cache
 from craft_fast.errors import CraftError, QualityGateError, UsageError
 from craft_fast.filtering import training_samples
 from craft_fast.pipeline_keys import OutputKeys, expander_cache, output_keys
@@ -269,7 +269,8 @@ class Stages:
         return {"metrics": len(rows), "prompts": rows[0].n if rows else 0}
 
     def _result_path(self) -> Path:
-        return self.work.run.path(str(self._row("export").info["path"]))
+        path = self.work.run.path(str(self._row("export").info["path"]))
+        return path.parent if self.work.settings.train.method == "full" else path
 
     def report(self) -> None:
         """Write the page and the JSON."""
