@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import platform
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ import yaml
 
 import craft_fast
 from craft_fast.records import Candidate, EvalRow, FileRef, Selection, StageRow
+from craft_fast.store.run import read_log
 
 if TYPE_CHECKING:
     from craft_fast.config import Settings
@@ -34,6 +35,7 @@ class ReportInputs:
     expand: str = ""
     generate: str = ""
     filter: str = ""
+    train: str = ""
     evaluate: str = ""
     reward_keys: Mapping[str, str] = field(default_factory=dict)
     """Reward name to the key under which it scored."""
@@ -89,6 +91,7 @@ def find_inputs(manifest: Manifest) -> ReportInputs:
         expand=key("expand"),
         generate=key("generate"),
         filter=key("filter"),
+        train=key("train"),
         evaluate=key("evaluate"),
         reward_keys=reward_keys if isinstance(reward_keys, dict) else {},
         images={side: (f"eval_{side}", key("evaluate")) for side in SIDES},
@@ -123,7 +126,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         evaluation=manifest.eval_rows(inputs.evaluate),
         pairs=_pairs(run, inputs),
         grid_prompts=settings.report.grid_prompts,
-        losses=_losses(run),
+        losses=_losses(run, inputs.train),
         versions=_versions(),
         loras=_loras(run),
     )
@@ -146,19 +149,15 @@ def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:
     return pairs
 
 
-def _losses(run: Run) -> list[tuple[int, float]]:
+def _losses(run: Run, key: str) -> list[tuple[int, float]]:
     """Loss by step; a step that was done again after a kill counts once, with its last value."""
-    path = run.path("log.jsonl")
     found: dict[int, float] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                event = json.loads(line)
-                step, loss = event["step"], event["loss"]
-            except (ValueError, TypeError, KeyError):
-                continue
-            if isinstance(step, int) and isinstance(loss, (int, float)) and math.isfinite(loss):
-                found[step] = float(loss)
+    for event in read_log(run):
+        step, loss = event.get("step"), event.get("loss")
+        if event.get("event") != "train_step" or event.get("key") != key:
+            continue
+        if isinstance(step, int) and isinstance(loss, (int, float)) and math.isfinite(loss):
+            found[step] = float(loss)
     return sorted(found.items())
 
 
@@ -169,6 +168,9 @@ def _versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
     return found
 
 

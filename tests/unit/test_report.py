@@ -42,6 +42,7 @@ KEYS = ReportInputs(
     expand="e" * 64,
     generate="g" * 64,
     filter="f" * 64,
+    train="t" * 64,
     evaluate="v" * 64,
     reward_keys={name: f"key-{name}" for name in TRAINING},
     images={"base": ("eval_base", "b" * 64), "tuned": ("eval_tuned", "t" * 64)},
@@ -109,9 +110,10 @@ def add_evaluation(run: Run, rng: random.Random, prompts: list[str], *, gain: fl
 
 def add_training(run: Run, rng: random.Random, steps: int) -> None:
     for step in range(1, steps + 1):
-        run.log("train_step", step=step, loss=0.09 + 0.08 * 0.98**step + rng.gauss(0, 0.012))
-    run.log("train_step", step=steps, loss=0.09)
-    run.log("train_step", step=steps + 1, loss=float("nan"))
+        run.log("train_step", key=KEYS.train, step=step, loss=0.09 + 0.08 * 0.98**step + rng.gauss(0, 0.012))
+    run.log("train_step", key=KEYS.train, step=steps, loss=0.09)
+    run.log("train_step", key=KEYS.train, step=steps + 1, loss=float("nan"))
+    run.log("train_step", key="of another training", step=steps + 2, loss=1.0)
     lora = run.path("lora", "craft.safetensors")
     lora.parent.mkdir()
     lora.write_bytes(b"not read by the report")
