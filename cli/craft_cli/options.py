@@ -1,0 +1,87 @@
+"""Options that commands share: each is written once, as an annotated type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEFAULT_PRESET = "tiny"
+DEFAULT_RUNS = Path("runs")
+
+
+def _complete_presets(incomplete: str) -> list[str]:
+    from craft_fast.settings_io import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def _complete_runs(incomplete: str) -> list[str]:
+    return [name for name in run_names(DEFAULT_RUNS) if name.startswith(incomplete)]
+
+
+def run_names(runs: Path) -> list[str]:
+    """Names of the runs in the folder ``runs``, in alphabetical order."""
+    return sorted(path.parent.name for path in runs.glob("*/manifest.sqlite")) if runs.is_dir() else []
+
+
+Prompts = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPTS", help="Training prompts: txt, csv, tsv or jsonl.", show_default=False),
+]
+Texts = Annotated[
+    list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A training prompt; give it many times.")
+]
+Name = Annotated[
+    str | None,
+    typer.Option(
+        "--name",
+        "-n",
+        metavar="NAME",
+        autocompletion=_complete_runs,
+        help="The run's name; the same name continues it. Default: the preset's or the settings file's name.",
+    ),
+]
+Runs = Annotated[
+    Path, typer.Option("--runs", metavar="DIR", envvar="CRAFT_RUNS", help="Folder that holds the runs' folders.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Settings in YAML, as craft-fast init writes them. "
+        "Default: the ones saved in the run's folder, else the preset.",
+    ),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        autocompletion=_complete_presets,
+        help=f"Settings to start from: tiny or sdxl. Default: {DEFAULT_PRESET}.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting (train.rank=32); give it many times."),
+]
+MaxImages = Annotated[
+    int | None, typer.Option("--max-images", metavar="N", min=1, help="Budget: make at most N candidate images.")
+]
+MaxMinutes = Annotated[
+    float | None, typer.Option("--max-minutes", metavar="M", help="Budget: make candidates for at most M minutes.")
+]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def help_text(summary: str, *paragraphs: str, examples: tuple[str, ...]) -> str:
+    """A command's help: what it does, then examples that can be pasted."""
+    # The backspace tells the formatter to keep the lines of a paragraph as they are.
+    shown = "\n".join(["\b", "Examples:", *(f"  {example}" for example in examples)])
+    return "\n\n".join([summary, *paragraphs, shown])

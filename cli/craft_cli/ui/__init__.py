@@ -1,0 +1,1 @@
+"""What goes on the screen: progress on stderr, results on stdout."""
