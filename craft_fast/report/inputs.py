@@ -154,7 +154,7 @@ def _losses(run: Run, key: str) -> list[tuple[int, float]]:
     found: dict[int, float] = {}
     for event in read_log(run):
         step, loss = event.get("step"), event.get("loss")
-        if event.get("event") != "train_step" or event.get("key") != key:
+        if event.get("event") != "train_step" or str(event.get("key", ""))[:16] != key[:16]:
             continue
         if isinstance(step, int) and isinstance(loss, (int, float)) and math.isfinite(loss):
             found[step] = float(loss)

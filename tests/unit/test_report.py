@@ -110,9 +110,9 @@ def add_evaluation(run: Run, rng: random.Random, prompts: list[str], *, gain: fl
 
 def add_training(run: Run, rng: random.Random, steps: int) -> None:
     for step in range(1, steps + 1):
-        run.log("train_step", key=KEYS.train, step=step, loss=0.09 + 0.08 * 0.98**step + rng.gauss(0, 0.012))
-    run.log("train_step", key=KEYS.train, step=steps, loss=0.09)
-    run.log("train_step", key=KEYS.train, step=steps + 1, loss=float("nan"))
+        run.log("train_step", key=KEYS.train[:16], step=step, loss=0.09 + 0.08 * 0.98**step + rng.gauss(0, 0.012))
+    run.log("train_step", key=KEYS.train[:16], step=steps, loss=0.09)
+    run.log("train_step", key=KEYS.train[:16], step=steps + 1, loss=float("nan"))
     run.log("train_step", key="of another training", step=steps + 2, loss=1.0)
     lora = run.path("lora", "craft.safetensors")
     lora.parent.mkdir()
