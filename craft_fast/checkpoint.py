@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +87,30 @@ def save(
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    run.manifest.put_files(
-        FILES_KIND, key, {f"{final.name}/{name}": _ref(run, final / name, *written) for name, written in refs.items()}
-    )
+    _register(run, key, final, refs)
     # What claims a later step than the one just saved was passed over as damaged when training resumed.
-    earlier = [folder for folder, record in _complete(run, key) if int(record["step"]) <= step]
     later = [folder for folder, record in _complete(run, key) if int(record["step"]) > step]
-    for old in [*later, *earlier[keep:]]:
-        _forget(run, old)
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(run, later)
+    _prune(run, key, keep)
     return final
+
+
+def settle(run: Run, key: str, *, keep: int) -> None:
+    """Finish what a killed ``save`` left undone: half-written folders, rows of a complete one, folders beyond ``keep``.
+
+    Args:
+        run: the open run.
+        key: the train stage's key.
+        keep: checkpoints kept.
+    """
+    _sweep(run.path("checkpoints"))
+    known = run.manifest.files(FILES_KIND, key)
+    for folder, record in reversed(list(_complete(run, key))):
+        if f"{folder.name}/{COMPLETE}" not in known:
+            written = {name: atomic.Written(sha256, _size(folder / name)) for name, sha256 in record["files"].items()}
+            written[COMPLETE] = atomic.Written(sha256_file(folder / COMPLETE), _size(folder / COMPLETE))
+            _register(run, key, folder, written)
+    _prune(run, key, keep)
 
 
 def latest(run: Run, key: str, *, progress: Progress | None = None) -> Checkpoint | None:
@@ -169,6 +183,28 @@ def _record(folder: Path) -> dict[str, Any] | None:
         return record if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _register(run: Run, key: str, folder: Path, refs: Mapping[str, atomic.Written]) -> None:
+    rows = {f"{folder.name}/{name}": _ref(run, folder / name, *written) for name, written in refs.items()}
+    run.manifest.put_files(FILES_KIND, key, rows)
+
+
+def _prune(run: Run, key: str, keep: int) -> None:
+    _remove(run, [folder for folder, _ in _complete(run, key)][keep:])
+
+
+def _remove(run: Run, folders: Sequence[Path]) -> None:
+    for old in folders:
+        _forget(run, old)
+        # Away under one rename: a kill while files are removed must not leave half a checkpoint under its name.
+        doomed = old.with_name(old.name + ".tmp")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _forget(run: Run, folder: Path) -> None:

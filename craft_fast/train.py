@@ -140,10 +140,11 @@ def train(
             state.grad_norms.append(grad_norm)
             log.write(state.step)
             task.advance(1, **({"loss": loss} if loss is not None else {}))
-            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
-                save()
+            # Before the checkpoint: a kill in between draws them again, the other way round it would lose them.
             if settings.sample_every and state.step % settings.sample_every == 0:
                 _draw_samples(samples, state.step, unet, progress)
+            if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
+                save()
         save()
     finished = state.step >= settings.steps
     return TrainResult(_to_cpu(parameters), state.losses, state.step, finished, state.micro_batch_size)
