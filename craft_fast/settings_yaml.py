@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -29,7 +29,10 @@ Lines = dict[tuple[str, ...], int]
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str | None, Any]] = {}
+    """Starts without YAML 1.1's readings of plain words; the core schema's are added below."""
+
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 class _Dumper(yaml.SafeDumper):

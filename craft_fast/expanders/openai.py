@@ -32,12 +32,20 @@ _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
 class _TryError(Exception):
-    """One try failed; ``again`` says whether another may help, ``wait_s`` what the server asked for."""
+    """One try failed.
 
-    def __init__(self, why: str, *, again: bool = True, wait_s: float | None = None) -> None:
+    Args:
+        why: what to tell the user.
+        again: another try may help.
+        wait_s: how long the server asked to wait.
+        of_server: the server is at fault, not this one prompt (a refusal).
+    """
+
+    def __init__(self, why: str, *, again: bool = True, wait_s: float | None = None, of_server: bool = True) -> None:
         super().__init__(why)
         self.again = again
         self.wait_s = wait_s
+        self.of_server = of_server
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -75,19 +83,22 @@ class OpenAIExpander:
             entry = self.cache_dir / f"{digest_json([self._url, body])}.json"
             answer = _read_entry(entry)
             if answer is None and failures >= MAX_FAILURES_IN_A_ROW:
-                problem = f"not asked, the server failed {failures} times in a row: {last}"
-                yield Expansion(prompt.prompt_id, problem=problem)
+                why = f"not asked, the server failed {failures} times in a row: {last}"
+                yield Expansion(prompt.prompt_id, problem=why)
+                continue
+            if answer is not None:
+                yield Expansion(prompt.prompt_id, *parse_answer(answer, prompt.text, k))
                 continue
             try:
-                text = answer if answer is not None else self._ask(body)
+                answer = self._ask(body)
             except _TryError as err:
-                failures, last = failures + 1, str(err)
+                failures, last = failures + err.of_server, str(err)
                 yield Expansion(prompt.prompt_id, problem=last)
                 continue
-            failures = 0 if answer is None else failures
-            variants, problem = parse_answer(text, prompt.text, k)
-            if answer is None and problem is None:
-                atomic.write_json(entry, {"answer": text, "model": self.settings.model})
+            failures = 0
+            variants, problem = parse_answer(answer, prompt.text, k)
+            if problem is None:
+                atomic.write_json(entry, {"answer": answer, "model": self.settings.model})
             yield Expansion(prompt.prompt_id, variants, problem)
 
     def _request(self, prompt: Prompt, k: int, seed: int) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def _content(data: bytes) -> str:
         shown = excerpt(data[:200].decode("utf-8", "replace"))
         raise _TryError(f"the answer is not a chat completion: {shown}") from None
     if refusal or choice.get("finish_reason") == "content_filter":
-        raise _TryError(f"the model refused: {excerpt(str(refusal or 'content filter'))}", again=False)
+        raise _TryError(f"the model refused: {excerpt(str(refusal or 'content filter'))}", again=False, of_server=False)
     if not isinstance(content, str):
         raise _TryError("the answer holds no text")
     return content
