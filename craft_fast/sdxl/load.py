@@ -46,6 +46,7 @@ class SdxlModel:
     unet: Any
     vae: Any
     scheduler: Any
+    unet_config: Any
 
     @property
     def vae_scale_factor(self) -> int:
@@ -58,14 +59,14 @@ class SdxlModel:
         Raises:
             ConfigError: the size is not a multiple of what the UNet and VAE together divide by.
         """
-        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        step = self.vae_scale_factor * 2 ** (len(self.unet_config.block_out_channels) - 1)
         if height_px % step or width_px % step:
             raise ConfigError(
                 "The image size does not fit the model",
                 where="generate.height_px, generate.width_px",
                 why=f"found {height_px} x {width_px}; both must be multiples of {step}",
             )
-        return int(self.unet.config.in_channels), height_px // self.vae_scale_factor, width_px // self.vae_scale_factor
+        return int(self.unet_config.in_channels), height_px // self.vae_scale_factor, width_px // self.vae_scale_factor
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -192,6 +193,7 @@ def load_sdxl(
     quiet_progress_bars()
     scheduler = _guard(folder / "scheduler", lambda: _scheduler(folder))
     vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+    unet = load_part(diffusers.UNet2DConditionModel, folder / "unet", device, dtype)
     return SdxlModel(
         path=folder,
         digest=model_digest(folder),
@@ -207,9 +209,10 @@ def load_sdxl(
         ),
         text_encoder=load_part(transformers.CLIPTextModel, folder / "text_encoder", device, dtype),
         text_encoder_2=load_part(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device, dtype),
-        unet=load_part(diffusers.UNet2DConditionModel, folder / "unet", device, dtype),
+        unet=unet,
         vae=load_part(diffusers.AutoencoderKL, folder / "vae", device, vae_dtype),
         scheduler=scheduler,
+        unet_config=unet.config,
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from craft_fast.errors import IntegrityError
-from craft_fast.sdxl.load import SdxlModel, free_memory, load_part
+from craft_fast.sdxl.load import SdxlModel, free_memory, load_part, weight_files
 from craft_fast.store.safe_load import check_header
 
 ADAPTER_NAME = "craft"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 def is_pristine(unet: Any) -> bool:
@@ -34,24 +35,37 @@ def pristine_unet(model: SdxlModel) -> Any:
     return model.unet
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of the weights in a part's folder, from the files' headers alone."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        check_header(path)
+        with safe_open(path, "pt") as file:
+            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    return shapes
+
+
 @contextmanager
 def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
     """The UNet with an exported result in it, by the very calls a user of diffusers makes.
 
     Args:
         model: its pristine UNet carries the LoRA inside the block and is clean again after it.
-        result: a LoRA file, loaded as ``pipe.load_lora_weights`` does, or the folder of a whole UNet.
+        result: a LoRA file, loaded as ``pipe.load_lora_weights`` does, or a whole UNet (folder or weights in it).
 
     Raises:
         IntegrityError: the file is not what export wrote, or its layers are not the UNet's.
     """
     import diffusers
 
-    if result.is_dir():
+    if result.is_dir() or result.name == WEIGHTS_NAME:
         # Two whole UNets at a time would not fit the card that one fits.
+        folder = result if result.is_dir() else result.parent
         model.unet = None
         free_memory()
-        unet = load_part(diffusers.UNet2DConditionModel, result, model.device, model.dtype)
+        unet = load_part(diffusers.UNet2DConditionModel, folder, model.device, model.dtype)
         try:
             yield unet
         finally:
@@ -67,6 +81,9 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
             state, network_alphas=alphas, unet=unet, adapter_name=ADAPTER_NAME, metadata=metadata
         )
     except Exception as error:
+        # A load that fails half way leaves some layers wrapped.
+        model.unet = unet = None
+        pristine_unet(model)
         raise IntegrityError("The LoRA does not load", where=str(result), why=str(error)) from error
     try:
         yield unet.eval().requires_grad_(False)
