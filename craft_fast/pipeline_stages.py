@@ -264,8 +264,8 @@ class Stages:
             seed=settings.seed,
             key=self.key("evaluate"),
             progress=work.progress,
+            should_stop=work.should_stop,
         )
-        work.check_stop()
         return {"metrics": len(rows), "prompts": rows[0].n if rows else 0}
 
     def _result_path(self) -> Path:
