@@ -30,6 +30,7 @@ help:
 	@echo "make lint   ruff; make check: lint, mypy, import rules; make gpu: tests on a CUDA device; make bench; make clean"
 
 setup: $(STAMP)
+	@:
 
 # Re-installed only when a requirement changes. The stamp is written last, so an interrupted set-up starts over.
 $(STAMP): pyproject.toml constraints.txt

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from craft_fast.records import EvalRow, Selection
 from craft_fast.report.inputs import Pair
+
+T = TypeVar("T")
 
 Z_95 = 1.959964
 """Two-sided 95 % point of the standard normal distribution."""
@@ -169,6 +171,13 @@ def worst_pairs(pairs: Sequence[Pair], metric: str, count: int) -> list[Pair]:
     losses = [(pair.tuned_scores[metric] - pair.base_scores[metric], number, pair) for number, pair in enumerate(pairs)
               if metric in pair.base_scores and metric in pair.tuned_scores]  # fmt: skip
     return [pair for change, _, pair in sorted(losses, key=lambda item: item[:2])[:count] if change < 0]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of ``items``, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(number * (len(items) - 1) / (count - 1))] for number in range(count)]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

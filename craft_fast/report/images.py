@@ -12,7 +12,7 @@ from PIL import Image
 
 SMALL_PX = 128
 """Up to this size a picture is shown as it is, enlarged without smoothing."""
-BUDGET = 3_300_000
+BUDGET = 3_100_000
 """Bytes of all pictures of a page, before base64 adds a third."""
 WIDTHS_PX = (512, 384, 256, 192, 128, 96, 64)
 

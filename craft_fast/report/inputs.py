@@ -55,6 +55,14 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Strip:
+    """One held-out prompt as it was drawn during training, same seed: (optimizer step, image), steps rising."""
+
+    prompt: str
+    images: Sequence[tuple[int, Path]]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportData:
     """Everything the page and the JSON are made of."""
 
@@ -73,6 +81,7 @@ class ReportData:
     evaluation: Sequence[EvalRow]
     pairs: Sequence[Pair]
     grid_prompts: int
+    strips: Sequence[Strip]
     losses: Sequence[tuple[int, float]]
     versions: Mapping[str, str]
     loras: Sequence[FileRef]
@@ -126,6 +135,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         evaluation=manifest.eval_rows(inputs.evaluate),
         pairs=_pairs(run, inputs),
         grid_prompts=settings.report.grid_prompts,
+        strips=_strips(run, inputs),
         losses=_losses(run, inputs.train),
         versions=_versions(),
         loras=_loras(run),
@@ -147,6 +157,25 @@ def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:
                 before, after = (scores.get((side, prompt_id), {}) for side in SIDES)
                 pairs.append(Pair(group.prompt.text, base, tuned, before, after))
     return pairs
+
+
+def _strips(run: Run, inputs: ReportInputs) -> list[Strip]:
+    """Pictures that training drew at intervals, with the base model's as step 0 where it was evaluated."""
+    by_prompt: dict[str, dict[int, Path]] = {}
+    for name, ref in run.manifest.files("sample", "train").items():
+        step, _, prompt_id = name.partition("/")
+        if step.isdecimal() and run.path(ref.path).is_file():
+            by_prompt.setdefault(prompt_id, {})[int(step)] = run.path(ref.path)
+    base = run.manifest.files(*inputs.images["base"]) if "base" in inputs.images else {}
+    strips = []
+    for group in run.manifest.groups(inputs.expand, "heldout"):
+        prompt_id = group.prompt.prompt_id
+        if prompt_id in by_prompt:
+            images = dict(by_prompt[prompt_id])
+            if prompt_id in base and run.path(base[prompt_id].path).is_file():
+                images[0] = run.path(base[prompt_id].path)
+            strips.append(Strip(group.prompt.text, sorted(images.items())))
+    return strips
 
 
 def _losses(run: Run, key: str) -> list[tuple[int, float]]:

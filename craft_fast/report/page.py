@@ -17,6 +17,9 @@ from craft_fast.report.text import duration, esc, number, percent, points, quote
 # No address is ever asked for, and no script runs even if one got in: the browser enforces both.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _WORST = 4
+_STRIPS = 4
+_STRIP_IMAGES = 7
+_STRIP_BUDGET = 300_000
 
 
 def render_page(data: ReportData) -> str:
@@ -264,15 +267,32 @@ def _histograms(data: ReportData) -> str:
 
 
 def _training(data: ReportData) -> str:
+    strips = _strips(data)
     if len(data.losses) < 2:
-        return ""
+        return _section("Training", "Pictures drawn during training.", strips) if strips else ""
     values = [loss for _, loss in data.losses]
     average = figures.smooth(values, max(5, len(values) // 15))
     lead = (
         f"Weighted noise-prediction loss over {len(values)} optimizer steps, faint, and its moving average: "
         f"{number(average[0])} to {number(average[-1])}. It says that training was calm, not that pictures got better."
     )
-    return _section("Training", lead, charts.loss_chart(data.losses))
+    return _section("Training", lead, charts.loss_chart(data.losses) + strips)
+
+
+def _strips(data: ReportData) -> str:
+    """The first prompts as they were drawn at intervals of training, from the base model on."""
+    shown = [(strip.prompt, figures.spread(strip.images, _STRIP_IMAGES)) for strip in data.strips[:_STRIPS]]
+    pictures = iter(data_uris([path for _, images in shown for _, path in images], _STRIP_BUDGET))
+    rows = ""
+    for prompt, images in shown:
+        cells = ""
+        for step, _ in images:
+            picture = next(pictures)
+            label = f"step {step}" if step else "base"
+            kind = " class=small" if picture.small else ""
+            cells += f'<div><img{kind} src="{picture.uri}" alt="{label}: {esc(prompt)}"><span>{label}</span></div>'
+        rows += f"<figure><div class=strip>{cells}</div><figcaption>{quoted(prompt)}</figcaption></figure>"
+    return f"<h3>Drawn during training, same seed</h3><div class=strips>{rows}</div>" if rows else ""
 
 
 def _cost(data: ReportData) -> str:

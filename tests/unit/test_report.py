@@ -114,6 +114,12 @@ def add_training(run: Run, rng: random.Random, steps: int) -> None:
     run.log("train_step", key=KEYS.train[:16], step=steps, loss=0.09)
     run.log("train_step", key=KEYS.train[:16], step=steps + 1, loss=float("nan"))
     run.log("train_step", key="of another training", step=steps + 2, loss=1.0)
+    for step in (100, 200, 300):
+        refs = {}
+        for number, colour in enumerate(COLOURS.values()):
+            path = run.path("samples", "train", f"{step}-{number}.png")
+            refs[f"{step:06d}/h{number}"] = run.ref(picture(path, colour, "circle", blur=2.2 - step / 150))
+        run.manifest.put_files("sample", "train", refs)
     lora = run.path("lora", "craft.safetensors")
     lora.parent.mkdir()
     lora.write_bytes(b"not read by the report")
@@ -209,10 +215,17 @@ def test_grid_shows_the_first_prompts_twice_and_the_worst_again(run: Run) -> Non
     fill(run)
     _, page = page_of(run)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 2 * (SETTINGS.report.grid_prompts + 4)
+    assert len(images) == 2 * (SETTINGS.report.grid_prompts + 4) + 4 * 4
     assert {image["alt"] for image in images[:2]} == {f"{side}: {shapes(1)[0]}" for side in ("base", "tuned")}
     assert all(image["class"] == "small" for image in images)
     assert "Where it lost most, by image_reward" in page.text
+
+
+def test_strips_show_training_from_the_base_on(run: Run) -> None:
+    fill(run)
+    _, page = page_of(run)
+    steps = [str(attributes["alt"]).partition(":")[0] for tag, attributes in page.tags if tag == "img"]
+    assert steps[-16:] == ["base", "step 100", "step 200", "step 300"] * 4
 
 
 def test_large_pictures_are_made_to_fit(run: Run) -> None:
