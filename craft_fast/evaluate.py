@@ -90,11 +90,7 @@ def evaluate(
     with progress.task("draw pairs", 2 * len(chosen), "images") as task:
         # While training has left another UNet in the model, it is read again only if a base picture is missing.
         work.pictures("base", task, lambda: pristine_unet(model))
-        if work.missing("tuned"):
-            with tuned_unet(model, result) as unet:
-                work.pictures("tuned", task, lambda: unet)
-        else:
-            task.advance(len(chosen))
+        work.tuned_pictures(result, task)
     scores = work.scores(rewards)
     held_out = {reward.name: reward.held_out for reward in rewards}
     rows = paired_rows(
@@ -170,7 +166,7 @@ class _Work:
         self.settings, self.seed, self.key = settings, seed, key
         self.progress, self.should_stop = progress, should_stop
         # Pictures read for one reward are there for the next, as far as memory is cheap.
-        self.images: dict[tuple[Side, str], torch.Tensor] = {}
+        self.images: dict[str, torch.Tensor] = {}
         self.image_bytes = 0
         # Pieces of the batch are part of a picture's key: other neighbours in a batch change its last bits.
         ids = [prompt.prompt_id for prompt in prompts]
@@ -193,10 +189,14 @@ class _Work:
         files = self.run.manifest.files(f"eval_{side}", self.picture_key[side])
         return {name: ref for name, ref in files.items() if _is_there(self.run.path(ref.path), ref)}
 
-    def missing(self, side: Side) -> bool:
-        """Whether any picture of a side has yet to be drawn."""
-        files = self._files(side)
-        return any(prompt.prompt_id not in files for prompt in self.prompts)
+    def tuned_pictures(self, result: Path, task: Task) -> None:
+        """Draw what is missing of the tuned side, the exported result loaded only if something is."""
+        files = self._files("tuned")
+        if all(prompt.prompt_id in files for prompt in self.prompts):
+            task.advance(len(self.prompts))
+            return
+        with tuned_unet(self.model, result) as unet:
+            self.pictures("tuned", task, lambda: unet)
 
     def pictures(self, side: Side, task: Task, unet: Callable[[], Any]) -> None:
         """Draw what is missing, in fixed batches; record a batch once its files are written."""
@@ -236,11 +236,13 @@ class _Work:
         # A score belongs to a picture and a reward's weights; under the evaluation's own key it is for the report.
         key = digest_json([self.picture_key[side], reward.key])
         known = {row[1]: row[3] for row in self.run.manifest.eval_scores(key)}
+        files = self._files(side)
         for start in range(0, len(self.prompts), _SCORE_BATCH):
             batch = self.prompts[start : start + _SCORE_BATCH]
             if any(prompt.prompt_id not in known for prompt in batch):
                 self._stop_if_asked()
-                values = self._judge(side, reward, batch)
+                images = torch.stack([self._image(files[prompt.prompt_id]) for prompt in batch])
+                values = _judge(reward, images, batch)
                 self._put(key, side, reward.name, values)
                 known |= values
             task.advance(len(batch))
@@ -248,25 +250,24 @@ class _Work:
         self._put(self.key, side, reward.name, scores)
         return list(scores.values())
 
-    def _judge(self, side: Side, reward: Reward, batch: Sequence[Prompt]) -> dict[str, float]:
-        images = torch.stack([self._image(side, prompt.prompt_id) for prompt in batch])
-        values = [float(value) for value in reward.score(images, [prompt.text for prompt in batch])]
-        if not all(math.isfinite(value) for value in values):
-            raise CraftError("A reward returned NaN or infinity", where=reward.name, hint="check its weights")
-        return {prompt.prompt_id: value for prompt, value in zip(batch, values, strict=True)}
-
-    def _image(self, side: Side, prompt_id: str) -> torch.Tensor:
-        if (side, prompt_id) in self.images:
-            return self.images[side, prompt_id]
-        ref = self.run.manifest.files(f"eval_{side}", self.picture_key[side])[prompt_id]
+    def _image(self, ref: FileRef) -> torch.Tensor:
+        if ref.path in self.images:
+            return self.images[ref.path]
         image = read_image(self.run.path(ref.path))
         self.image_bytes += image.numel()
         if self.image_bytes <= _KEEP_BYTES:
-            self.images[side, prompt_id] = image
+            self.images[ref.path] = image
         return image
 
     def _put(self, key: str, side: Side, reward: str, scores: Mapping[str, float]) -> None:
         self.run.manifest.put_eval_scores(key, [(side, name, reward, value) for name, value in scores.items()])
+
+
+def _judge(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+    values = [float(value) for value in reward.score(images, [prompt.text for prompt in prompts])]
+    if not all(math.isfinite(value) for value in values):
+        raise CraftError("A reward returned NaN or infinity", where=reward.name, hint="check its weights")
+    return {prompt.prompt_id: value for prompt, value in zip(prompts, values, strict=True)}
 
 
 def write_pictures(run: Run, folder: str, names: Sequence[str], images: torch.Tensor) -> dict[str, FileRef]:

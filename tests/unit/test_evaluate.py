@@ -1,0 +1,328 @@
+"""Evaluation: its arithmetic by hand, its pictures against diffusers' pipeline, and what it does not do twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from craft_fast import rng
+from craft_fast.config import EvaluateSettings, ExportSettings, GenerateSettings, ModelSettings, Settings, TrainSettings
+from craft_fast.errors import ConfigError, CraftError, Interrupted
+from craft_fast.evaluate import bootstrap_interval, evaluate, paired_rows, sample_drawer
+from craft_fast.export import export_lora
+from craft_fast.qlora.lora import add_lora, lora_state_dict
+from craft_fast.qlora.nf4 import quantize_nf4
+from craft_fast.records import FileRef, Prompt
+from craft_fast.sdxl.load import SdxlModel, load_sdxl
+from craft_fast.sdxl.sampling import make_scheduler
+from craft_fast.sdxl.unet import is_pristine
+from craft_fast.store.run import Run, open_run, read_log
+from craft_fast.store.safe_load import read_image
+
+GENERATE = GenerateSettings(num_inference_steps=3, guidance_scale=2.0, batch_size=4)
+EVALUATE = EvaluateSettings(prompts=6, bootstrap_samples=200)
+PROMPTS = [Prompt(f"h{i}", f"a blue star {i}", "heldout") for i in range(6)]
+
+
+@dataclass
+class Brightness:
+    """Mean of one channel: a judge whose scores a test can compute."""
+
+    name: str = "brightness"
+    channel: int = 0
+    held_out: bool = False
+    key: str = "b1"
+    calls: int = 0
+    rests: int = 0
+    seen: list[str] = field(default_factory=list)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.calls += 1
+        self.seen += prompts
+        return images[:, self.channel].float().mean((1, 2))
+
+    def rest(self) -> None:
+        self.rests += 1
+
+    def close(self) -> None:
+        self.calls = -1
+
+
+@dataclass
+class Broken(Brightness):
+    """Returns NaN."""
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return super().score(images, prompts) * float("nan")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with open_run(tmp_path / "run", create=True) as opened:
+        yield opened
+
+
+@pytest.fixture
+def lora(run: Run, sdxl_folder: Path) -> Path:
+    """An exported LoRA that changes the pictures; alpha differs from rank."""
+    settings = Settings(
+        model=ModelSettings(path=str(sdxl_folder)),
+        train=TrainSettings(rank=4, lora_alpha=6.0),
+        export=ExportSettings(name="mine"),
+    )
+    unet = load_sdxl(sdxl_folder, device="cpu", dtype="float32").unet
+    add_lora(unet, rank=4, lora_alpha=6.0, target_modules=["to_q", "to_k", "to_v", "to_out.0"], seed=0)
+    state = {
+        name: value + 0.3 * rng.normal(value.shape, i) for i, (name, value) in enumerate(lora_state_dict(unet).items())
+    }
+    return run.path(export_lora(run, state, settings=settings, metadata={}).path)
+
+
+def do(run: Run, model: SdxlModel, lora: Path, rewards: Sequence[Any], **changes: Any) -> Any:
+    options: dict[str, Any] = {"settings": EVALUATE, "generate_settings": GENERATE, "seed": 3, "key": "k" * 64}
+    return evaluate(run, model, lora, PROMPTS, rewards, **{**options, **changes})
+
+
+def pictures(run: Run, side: str, key: str = "k" * 64) -> dict[str, Tensor]:
+    return {name: read_image(run.path(ref.path)) for name, ref in run.manifest.files(f"eval_{side}", key).items()}
+
+
+# ---- arithmetic
+
+
+def test_rows_by_hand() -> None:
+    base = {"a": [1.0, 2.0, 3.0, 4.0], "b": [0.0, 0.0, 0.0, 0.0]}
+    tuned = {"a": [2.0, 2.0, 2.0, 8.0], "b": [0.0, 0.0, 0.0, 0.0]}
+    rows = paired_rows(base, tuned, {"b": True, "a": False}, bootstrap_samples=500, seed=0)
+    assert [row.metric for row in rows] == ["b", "a"]
+    b, a = rows
+    assert (a.base_mean, a.tuned_mean, a.n, a.held_out) == (2.5, 3.5, 4, False)
+    assert a.win_rate == (2 + 0.5) / 4
+    assert a.ci_low <= 1.0 <= a.ci_high
+    assert (b.win_rate, b.ci_low, b.ci_high, b.held_out) == (0.5, 0.0, 0.0, True)
+
+
+def test_the_interval_of_a_constant_difference_is_a_point() -> None:
+    assert bootstrap_interval(np.full(7, 0.25), samples=100, seed=1) == (0.25, 0.25)
+
+
+def test_the_interval_of_two_values_is_known() -> None:
+    # The mean of two draws from {0, 1} is 0, 0.5 or 1 with chances 1/4, 1/2, 1/4: the 95 % interval is [0, 1].
+    assert bootstrap_interval(np.array([0.0, 1.0]), samples=4000, seed=1) == (0.0, 1.0)
+
+
+def test_the_interval_agrees_with_the_normal_one_for_many_values() -> None:
+    difference = np.random.default_rng(0).normal(0.3, 1.0, 2000)
+    low, high = bootstrap_interval(difference, samples=4000, seed=2)
+    half = 1.96 * difference.std() / np.sqrt(difference.size)
+    assert low == pytest.approx(difference.mean() - half, abs=0.005)
+    assert high == pytest.approx(difference.mean() + half, abs=0.005)
+
+
+def test_the_interval_is_a_function_of_the_seed() -> None:
+    difference = np.random.default_rng(0).normal(size=50)
+    first = bootstrap_interval(difference, samples=300, seed=1)
+    assert bootstrap_interval(difference, samples=300, seed=1) == first
+    assert bootstrap_interval(difference, samples=300, seed=2) != first
+
+
+def test_unequal_or_no_scores_are_refused() -> None:
+    with pytest.raises(ValueError, match="a: 1 base scores, 2 tuned"):
+        paired_rows({"a": [1.0]}, {"a": [1.0, 2.0]}, {"a": False}, bootstrap_samples=100, seed=0)
+    with pytest.raises(ValueError, match="not 0"):
+        paired_rows({"a": []}, {"a": []}, {"a": False}, bootstrap_samples=100, seed=0)
+
+
+# ---- pictures and scores
+
+
+def test_the_lora_reproduces_the_evaluated_pictures_in_diffusers(
+    run: Run, sdxl: SdxlModel, sdxl_folder: Path, lora: Path
+) -> None:
+    do(run, sdxl, lora, [Brightness()])
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = make_scheduler(sdxl, GENERATE.scheduler)
+    noise = [rng.normal((4, 16, 16), rng.derive_seed(3, "evaluate", prompt.prompt_id)) for prompt in PROMPTS]
+
+    def draw() -> Tensor:
+        images = pipe(
+            [prompt.text for prompt in PROMPTS], latents=torch.stack(noise), num_inference_steps=3, guidance_scale=2.0,
+            output_type="np",
+        ).images  # fmt: skip
+        return torch.from_numpy(images * 255).round().permute(0, 3, 1, 2)
+
+    base, tuned = (torch.stack(list(pictures(run, side).values())).float() for side in ("base", "tuned"))
+    assert (draw() - base).abs().max() <= 2
+    pipe.load_lora_weights(lora)
+    assert (draw() - tuned).abs().max() <= 2
+    assert (base - tuned).abs().max() > 10
+
+
+def test_rows_scores_and_log(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    red, blue = Brightness("red", 0), Brightness("blue", 2, held_out=True, key="b2")
+    rows = do(run, sdxl, lora, [red, blue], extra={"note": "hello"})
+    assert rows == run.manifest.eval_rows("k" * 64)
+    assert [(row.metric, row.held_out, row.n) for row in rows] == [("red", False, 6), ("blue", True, 6)]
+    scores = run.manifest.eval_scores("k" * 64)
+    assert len(scores) == 2 * 2 * 6
+    for side, mean in (("base", rows[1].base_mean), ("tuned", rows[1].tuned_mean)):
+        shown = pictures(run, side)
+        expected = {name: float(image[2].float().mean()) for name, image in shown.items()}
+        found = {row[1]: row[3] for row in scores if row[0] == side and row[2] == "blue"}
+        assert found == pytest.approx(expected)
+        assert np.mean(list(expected.values())) == pytest.approx(mean)
+    assert red.seen[:6] == [prompt.text for prompt in PROMPTS]
+    assert (red.rests, blue.rests) == (1, 1)
+    [event] = [event for event in read_log(run) if event["event"] == "evaluate"]
+    assert event["extra"] == {"note": "hello"}
+    assert event["summary"]["red"] == [rows[0].base_mean, rows[0].tuned_mean, rows[0].win_rate]
+    assert is_pristine(sdxl.unet)
+
+
+def count_forwards(model: SdxlModel) -> tuple[list[int], Any]:
+    forwards: list[int] = []
+    return forwards, model.unet.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[0]))
+
+
+def test_base_pictures_and_scores_are_used_again(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    reward = Brightness()
+    do(run, sdxl, lora, [reward])
+    before = pictures(run, "base")
+    calls = reward.calls
+    forwards, hook = count_forwards(sdxl)
+    try:
+        do(run, sdxl, lora, [reward], key="other")
+    finally:
+        hook.remove()
+    assert forwards == [8, 8, 8, 4, 4, 4]  # the tuned side alone: batches of 4 and 2, doubled, three steps each
+    assert reward.calls == calls + 1
+    assert all(torch.equal(image, before[name]) for name, image in pictures(run, "base", "other").items())
+    assert len(pictures(run, "base", "other")) == 6
+
+
+def test_nothing_is_done_twice_and_another_reward_draws_nothing(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    reward = Brightness()
+    rows = do(run, sdxl, lora, [reward])
+    forwards, hook = count_forwards(sdxl)
+    try:
+        assert do(run, sdxl, lora, [reward]) == rows
+        assert reward.calls == 2
+        changed = Brightness(key="b2")
+        do(run, sdxl, lora, [changed])
+        assert changed.calls == 2
+    finally:
+        hook.remove()
+    assert forwards == []
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"generate_settings": GENERATE.model_copy(update={"guidance_scale": 3.0})}]
+)
+def test_other_seeds_and_settings_make_other_base_pictures(
+    run: Run, sdxl: SdxlModel, lora: Path, change: dict[str, Any]
+) -> None:
+    do(run, sdxl, lora, [Brightness()])
+    first = pictures(run, "base")
+    do(run, sdxl, lora, [Brightness()], key="other", **change)
+    second = pictures(run, "base", "other")
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_interrupted_evaluation_ends_the_same(run: Run, sdxl: SdxlModel, lora: Path, tmp_path: Path) -> None:
+    answers = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        do(run, sdxl, lora, [Brightness()], should_stop=lambda: next(answers))
+    assert is_pristine(sdxl.unet)
+    assert len(pictures(run, "base")) == 6
+    damaged = run.path(run.manifest.files("eval_base", "k" * 64)["h1"].path)
+    kept = damaged.read_bytes()
+    damaged.unlink()
+    rows = do(run, sdxl, lora, [Brightness()])
+    assert damaged.read_bytes() == kept
+    with open_run(tmp_path / "second", create=True) as fresh:
+        assert do(fresh, sdxl, lora, [Brightness()]) == rows
+        for side in ("base", "tuned"):
+            a, b = (opened.manifest.files(f"eval_{side}", "k" * 64) for opened in (run, fresh))
+            assert {name: ref.sha256 for name, ref in a.items()} == {name: ref.sha256 for name, ref in b.items()}
+
+
+def test_a_model_that_training_has_changed_gives_the_same(
+    run: Run, sdxl: SdxlModel, sdxl_folder: Path, lora: Path
+) -> None:
+    rows = do(run, sdxl, lora, [Brightness()])
+    trained = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+    quantize_nf4(trained.unet, compute_dtype=torch.float32)
+    add_lora(trained.unet, rank=2, lora_alpha=2.0, target_modules=["to_q"], seed=9)
+    with open_run(run.root.parent / "second", create=True) as fresh:
+        assert do(fresh, trained, lora, [Brightness()]) == rows
+
+
+def test_a_fully_trained_unet(run: Run, sdxl_folder: Path) -> None:
+    settings = Settings(model=ModelSettings(path=str(sdxl_folder)), train=TrainSettings(method="full"))
+    model = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+    state = {name: p + 0.02 * rng.normal(p.shape, 1) for name, p in model.unet.named_parameters()}
+    ref: FileRef = export_lora(run, state, settings=settings, metadata={})
+    [row] = do(run, model, run.path(ref.path), [Brightness()])
+    assert row.base_mean != row.tuned_mean
+    with open_run(run.root.parent / "second", create=True) as fresh:
+        [again] = do(fresh, model, run.path(ref.path), [Brightness()])
+    assert again == row
+
+
+def test_too_few_prompts_are_said_and_none_is_an_error(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    [row] = do(run, sdxl, lora, [Brightness()], settings=EvaluateSettings(prompts=2, bootstrap_samples=100))
+    assert row.n == 2
+    with pytest.raises(ConfigError, match="held-out"):
+        evaluate(run, sdxl, lora, [], [Brightness()], settings=EVALUATE, generate_settings=GENERATE, seed=0, key="none")
+
+
+def test_scores_that_are_not_finite_are_an_error(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    with pytest.raises(CraftError, match="NaN"):
+        do(run, sdxl, lora, [Broken()])
+    assert run.manifest.eval_rows("k" * 64) == []
+
+
+# ---- sample pictures during training
+
+
+def test_sample_pictures_have_fixed_seeds(run: Run, sdxl: SdxlModel, sdxl_folder: Path) -> None:
+    settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
+    draw = sample_drawer(run, sdxl, PROMPTS[:2], settings)
+    draw(100, sdxl.unet)
+    draw(200, sdxl.unet)
+    files = run.manifest.files("sample", "train")
+    assert sorted(files) == ["000100/h0", "000100/h1", "000200/h0", "000200/h1"]
+    assert files["000100/h0"].sha256 == files["000200/h0"].sha256
+    assert files["000100/h0"].sha256 != files["000100/h1"].sha256
+    assert run.ref(run.path("samples", "train", "step-000100", "h0.png")) == files["000100/h0"]
+    sample_drawer(run, sdxl, [], settings)(300, sdxl.unet)
+    assert not run.path("samples", "train", "step-000300").exists()
+
+
+def test_sample_pictures_leave_training_as_it_was(run: Run, sdxl_folder: Path) -> None:
+    model = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+    settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
+    quantize_nf4(model.unet, compute_dtype=torch.float32)
+    add_lora(model.unet, rank=2, lora_alpha=2.0, target_modules=["to_q"], seed=9)
+    with torch.no_grad():
+        sample_drawer(run, model, PROMPTS[:1], settings)(1, model.unet.eval())
+    model.unet.train()
+    output = model.unet(
+        rng.normal((1, 4, 16, 16), 0),
+        torch.tensor([5]),
+        encoder_hidden_states=rng.normal((1, 32, 64), 1),
+        added_cond_kwargs={"text_embeds": rng.normal((1, 32), 2), "time_ids": torch.full((1, 6), 64.0)},
+    ).sample
+    output.square().mean().backward()
+    gradients = [p.grad for p in model.unet.parameters() if p.requires_grad]
+    assert gradients
+    assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
