@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_fast.errors import ConfigError, IntegrityError
-from craft_fast.qlora.nf4 import import_bitsandbytes
+from craft_fast.quiet import import_bitsandbytes
 from craft_fast.rng import derive_seed, generator
 
 ADAPTER = "default"

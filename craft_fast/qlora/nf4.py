@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from craft_fast.quiet import quiet_third_party
+from craft_fast.quiet import import_bitsandbytes, quiet_third_party
 
 quiet_third_party()
-
-
-def import_bitsandbytes() -> ModuleType:
-    """Import bitsandbytes without its request to a model hub.
-
-    On CPUs with AVX512-BF16 the package asks a hub for an optional inference kernel while it is imported: 3 s, a
-    notice, and on machines that reach the hub another result than on those that do not. Training never uses that
-    kernel, so ``kernels`` is hidden during the import.
-    """
-    if "bitsandbytes" in sys.modules:
-        return sys.modules["bitsandbytes"]
-    missing = object()
-    hidden: Any = sys.modules.get("kernels", missing)
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("bitsandbytes")
-    finally:
-        if hidden is missing:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = hidden
 
 
 def quantize_nf4(unet: nn.Module, *, compute_dtype: torch.dtype, double_quant: bool = True) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from craft_fast.errors import IntegrityError, ResourceError
-from craft_fast.qlora.nf4 import import_bitsandbytes
+from craft_fast.quiet import import_bitsandbytes
 
 _QMAPS = ("qmap1", "qmap2")
 _TRIES = 4

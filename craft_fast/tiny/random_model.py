@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from craft_fast.quiet import quiet_progress_bars, quiet_third_party
+from craft_fast.quiet import import_bitsandbytes, quiet_progress_bars, quiet_third_party
 
 quiet_third_party()
 
@@ -86,6 +86,7 @@ def build_random_sdxl(folder: Path, *, seed: int = 0, prediction_type: str = "ep
     Returns:
         ``folder``.
     """
+    import_bitsandbytes()  # before diffusers, which would import it with its request to a hub
     import diffusers
     import transformers
 
