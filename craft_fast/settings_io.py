@@ -123,7 +123,8 @@ def _override_layer(overrides: Sequence[str], problems: list[str]) -> _Layer:
         except ConfigError as err:
             problems.append(f"{err.where}: found {_show(raw)}; {err.why}")
             continue
-        if _is_text(tuple(parts)) and not isinstance(value, str) and value is not None:
+        kind = _annotation(tuple(parts))
+        if not isinstance(value, str) and (kind is str or (kind == str | None and value is not None)):
             value = raw.strip()  # a name may look like a number: --set export.name=007
         nested: Any = value
         for part in reversed(parts):
@@ -162,11 +163,12 @@ def _model_at(path: tuple[str, ...]) -> type[BaseModel] | Mapping[str, type[Base
     return model
 
 
-def _is_text(path: tuple[str, ...]) -> bool:
+def _annotation(path: tuple[str, ...]) -> Any:
+    """The type of the setting at ``path``; None when there is no such setting."""
     model = _model_at(path[:-1])
     if not isinstance(model, type) or path[-1] not in model.model_fields:
-        return False
-    return model.model_fields[path[-1]].annotation in (str, str | None)
+        return None
+    return model.model_fields[path[-1]].annotation
 
 
 def _unknown_keys(layer: _Layer) -> list[str]:

@@ -189,7 +189,9 @@ def load_network(name: str, settings: RewardSettings, device: torch.device) -> N
         elif spec.family == "clip":
             network = ClipReward.from_folder(folder)
             scale = spec.score_scale
-            network.score_scale = float(network.clip.logit_scale.exp()) if scale == "logit_scale" else float(scale)
+            network.score_scale = (
+                float(network.clip.logit_scale.detach().exp()) if scale == "logit_scale" else float(scale)
+            )
         else:
             network = ImageReward.from_folder(folder, spec.score_mean, spec.score_std)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as err:

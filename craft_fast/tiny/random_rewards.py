@@ -80,9 +80,11 @@ def _text(vocab_size: int) -> dict[str, object]:
 
 def _image_reward(vocab_size: int) -> ImageReward:
     common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {**common, "image_size": IMAGE_PX, "patch_size": 16, "layer_norm_eps": 1e-6}
+    # transformers' own default of 1e-10 makes an untrained tower that is blind.
+    vision = {**common, "image_size": IMAGE_PX, "patch_size": 16, "layer_norm_eps": 1e-6, "initializer_range": 0.1}
     text = {
         **common,
+        "initializer_range": 0.1,
         "vocab_size": vocab_size,
         "max_position_embeddings": MAX_TOKENS,
         "pad_token_id": 0,

@@ -1,0 +1,296 @@
+"""Settings: presets, layers, every error at once, YAML that reads back."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from craft_fast.config import GenerateSettings, RewardSettings, Settings, TrainSettings
+from craft_fast.errors import ConfigError
+from craft_fast.settings_io import field_docs, load_settings, preset_names, render_yaml, section_digest
+from craft_fast.settings_yaml import dump_inline, parse_yaml
+
+QUALITY = {"sharp", "vivid", "clean"}
+
+
+def failing(**arguments: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(**arguments)  # type: ignore[arg-type]
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+# ---- presets
+
+
+def test_both_presets_load_and_are_named() -> None:
+    assert preset_names() == ["sdxl", "tiny"]
+    assert load_settings("sdxl").generate.height_px == 1024
+    assert load_settings().model.path == "package:craft_fast.tiny/assets/sdxl"
+
+
+def test_unknown_preset_is_said_with_the_known_ones() -> None:
+    text = failing(preset="tinny")
+    assert "found 'tinny'" in text
+    assert "sdxl, tiny, none" in text
+
+
+def test_tiny_templates_each_hold_two_words_of_quality_in_varied_order() -> None:
+    expand = load_settings().expand
+    orders = [tuple(w for w in template.replace(",", "").split() if w in QUALITY) for template in expand.templates]
+    assert len(orders) >= 6
+    assert all(len(order) >= 2 for order in orders)
+    assert len(set(orders)) == len(orders)
+    assert expand.variants == 3
+
+
+def test_tiny_trains_on_h_p_a_and_holds_out_the_rest() -> None:
+    settings = load_settings()
+    assert [n for n, r in settings.rewards.items() if not r.held_out] == ["h", "p", "a"]
+    assert {n for n, r in settings.rewards.items() if r.held_out} == {
+        "image_reward",
+        "oracle_alignment",
+        "oracle_clean",
+        "oracle",
+    }
+
+
+# ---- layers
+
+
+def test_file_goes_over_preset_and_set_goes_over_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  rank: 4\n  steps: 7\n")
+    found = load_settings("sdxl", path, ["train.rank=9"])
+    assert (found.train.rank, found.train.steps, found.train.learning_rate) == (9, 7, 1e-4)
+
+
+def test_file_may_name_its_preset(tmp_path: Path) -> None:
+    path = write(tmp_path, "preset: sdxl\nseed: 5\n")
+    found = load_settings("tiny", path)
+    assert (found.seed, found.generate.height_px) == (5, 1024)
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("train.learning_rate=1e-5", "learning_rate", 1e-5),
+        ("train.learning_rate=3", "learning_rate", 3.0),
+        ("train.min_snr_gamma=null", "min_snr_gamma", None),
+        ("train.target_modules=[to_q, to_k]", "target_modules", ["to_q", "to_k"]),
+        ("train.gradient_checkpointing=true", "gradient_checkpointing", True),
+    ],
+)
+def test_set_reads_yaml_values(option: str, key: str, value: object) -> None:
+    assert getattr(load_settings(overrides=[option]).train, key) == value
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "true", "no", "12:30", "2024-01-01", "a=b"])
+def test_set_keeps_a_text_that_looks_like_something_else(text: str) -> None:
+    found = load_settings(overrides=[f"report.title={text}"])
+    assert found.report.title == text
+
+
+def test_null_takes_a_reward_out() -> None:
+    found = load_settings(overrides=["rewards.h=null", "filter.rewards=[p, a]"])
+    assert "h" not in found.rewards
+    assert "p" in found.rewards
+
+
+def test_a_reward_can_be_changed_in_part() -> None:
+    found = load_settings(overrides=["rewards.p.weight=0.5"])
+    assert found.rewards["p"].weight == 0.5
+    assert found.rewards["p"].kind == "clip"
+
+
+# ---- errors
+
+
+def test_all_errors_come_at_once_each_with_key_value_and_what_is_allowed(tmp_path: Path) -> None:
+    path = write(tmp_path, "train:\n  rank: -1\n  rnk: 3\nexport:\n  name: ../x\n")
+    text = failing(
+        config=path, overrides=["train.steps=true", "generate.scheduler=eular", "filter.rewards=[h, q]", "foo"]
+    )
+    assert text.startswith("7 settings are not right")
+    assert "train.rank: found -1; must be greater than or equal to 1" in text
+    assert "line 2" in text
+    assert "train.rnk: unknown key" in text
+    assert "did you mean train.rank?" in text
+    assert "export.name: found '../x'" in text
+    assert "train.steps: found True; must be a" in text
+    assert "generate.scheduler: found 'eular'; must be 'dpmpp_2m', 'euler' or 'ddim' (--set)" in text
+    assert "filter.rewards: found 'q', which is not among rewards; must be among h, p, a" in text
+    assert "--set foo: must look like train.rank=32" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "guess"),
+    [
+        ("train.rnak=3", "train.rank"),
+        ("rank=3", "train.rank"),
+        ("trian.rank=3", "train"),
+        ("guidance_scale=3", "generate.guidance_scale"),
+        ("rewards.h.wieght=1", "rewards.h.weight"),
+        ("expand.slots.background.choice=[a]", "expand.slots.background.choices"),
+    ],
+)
+def test_unknown_keys_are_answered_with_the_closest_known(option: str, guess: str) -> None:
+    assert f"did you mean {guess}?" in failing(overrides=[option])
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_must_be_finite(value: str) -> None:
+    assert "rewards.h.weight: found" in failing(overrides=[f"rewards.h.weight={value}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["filter.rewards=[h, oracle]"], "'oracle', which is held out"),
+        (["filter.rewards=[h, h]"], "each name may be there once"),
+        (["expand.kind=file"], "expand.file: found nothing"),
+        (["expand.kind=openai"], "expand.model: found nothing"),
+        (["expand.kind=openai", "expand.model=m", "expand.base_url=ftp://x"], "must begin with http"),
+        (["expand.kind=openai", "expand.model=m", "expand.instruction=go"], "found no {prompt}"),
+        (["expand.templates=[sharp]"], "must hold {prompt} once"),
+        (["expand.templates=['{prompt} {mood}']"], "found {mood}; must be one of {prompt}, {background}"),
+        (["expand.templates=[]"], "expand.templates: found none"),
+        (["generate.width_px=100"], "must be a multiple of 8"),
+        (["model.device=gpu"], "must be auto, cpu, cuda or cuda:N"),
+        (["rewards.h.path="], "rewards.h.path: found nothing"),
+        (["rewards.oracle.path=somewhere"], "must be module:callable"),
+        (["rewards.x/y={kind: clip, path: z}"], "found the name 'x/y'"),
+    ],
+)
+def test_settings_that_contradict_one_another(options: list[str], said: str) -> None:
+    assert said in failing(overrides=options)
+
+
+def test_without_a_training_reward_there_is_nothing_to_weigh_by() -> None:
+    options = [f"rewards.{name}=null" for name in "hpa"] + ["filter.rewards=[]"]
+    assert "found none that is not held out" in failing(overrides=options)
+
+
+# ---- hostile and broken files
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {rank: 1, rank: 2}", "'rank' is here a second time"),
+        ("train:\n  rank: 1\n  rank: 2\n", "line 3"),
+        ("a: &a [x]\nb: [*a, *a]", "anchors and aliases"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n", "anchors and aliases"),
+        ("x: !!python/object/apply:os.system ['true']", "python/object/apply:os.system"),
+        ("x: !!binary aGk=", "tag"),
+        ("seed: 1\n---\nseed: 2\n", "second document"),
+        ("[" * 500, "nested deeper"),
+        ("a: " + "{a: " * 200, "nested deeper"),
+        ("train: [", "line 1"),
+        ("? [a]\n: 1", "a key must be a word"),
+        ("seed: " + "9" * 5000, "a number of 5000 digits"),
+        ("just words", "must be sections"),
+        (b"seed: \xff", "not UTF-8"),
+        ("seed: 1\x00", "special characters"),
+    ],
+)
+def test_files_that_are_not_plain_settings_are_refused(tmp_path: Path, text: str | bytes, said: str) -> None:
+    assert said in failing(config=write(tmp_path, text))
+
+
+def test_a_ten_megabyte_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    assert "too large" in failing(config=write(tmp_path, b"#" * 10_000_000))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    assert "there is no such file" in failing(config=tmp_path / "none.yaml")
+    assert "folder or a device" in failing(config=tmp_path)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    assert load_settings(config=write(tmp_path, "# nothing\n")) == load_settings()
+
+
+def test_a_byte_order_mark_and_crlf_are_no_matter(tmp_path: Path) -> None:
+    assert load_settings(config=write(tmp_path, b"\xef\xbb\xbfseed: 3\r\ntrain:\r\n  rank: 2\r\n")).train.rank == 2
+
+
+# ---- rendering
+
+
+@pytest.mark.parametrize("preset", ["tiny", "sdxl"])
+def test_rendered_yaml_reads_back_over_any_preset(tmp_path: Path, preset: str) -> None:
+    settings = load_settings(preset, overrides=["rewards.a=null", "filter.rewards=[p]", "train.min_snr_gamma=null"])
+    path = write(tmp_path, render_yaml(settings))
+    for other in ("tiny", "sdxl"):
+        assert load_settings(other, path) == settings
+
+
+def test_every_field_is_commented_with_meaning_unit_default_and_source() -> None:
+    lines = render_yaml(load_settings()).splitlines()
+    for doc in field_docs():
+        name = doc.key.rpartition(".")[2]
+        places = [i for i, line in enumerate(lines) if line.strip().startswith(f"{name}:")]
+        comments = [lines[i - 1].strip() for i in places]
+        assert any(c.startswith("#") and doc.text.splitlines()[0] in c for c in comments), doc.key
+        if doc.unit:
+            assert any(f"unit: {doc.unit}" in c for c in comments)
+        if doc.source:
+            assert any(f"source: {doc.source}" in c for c in comments)
+    assert "default: 16" in next(lines[i - 1] for i, line in enumerate(lines) if line.strip().startswith("rank:"))
+
+
+def test_rendered_yaml_is_plain_yaml_for_other_readers() -> None:
+    settings = load_settings("sdxl")
+    data = yaml.safe_load(render_yaml(settings))
+    assert data.pop("preset") == "none"
+    assert data["expand"] == settings.model_dump()["expand"]
+
+
+texts = st.text(max_size=60)
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(texts, texts, st.lists(texts, max_size=4), st.floats(1e-9, 1e3))
+def test_any_text_and_number_reads_back(title: str, negative: str, words: list[str], rate: float) -> None:
+    for value in (title, words, {"a": negative}, rate):
+        try:
+            read, _ = parse_yaml(dump_inline(value), where="test")
+        except ConfigError:
+            # Characters that YAML itself has no place for come escaped; nothing else may fail.
+            raise AssertionError(f"{value!r} does not read back") from None
+        assert read == value
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_makes_the_parser_fail_in_another_way(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        parse_yaml(text, where="test")
+
+
+# ---- digests
+
+
+def test_a_section_digest_is_of_values_not_of_order() -> None:
+    one = Settings(rewards={"a": RewardSettings(kind="clip", path="x"), "b": RewardSettings(kind="clip", path="y")})
+    two = Settings(rewards=dict(reversed(one.rewards.items())))
+    assert section_digest(one) == section_digest(two)
+
+
+def test_a_section_digest_changes_with_a_value_and_not_with_an_excluded_one() -> None:
+    base, other = GenerateSettings(), GenerateSettings(batch_size=3)
+    assert section_digest(base) != section_digest(other)
+    assert section_digest(base, ["batch_size"]) == section_digest(other, ["batch_size"])
+    assert section_digest(TrainSettings(rank=3)) != section_digest(TrainSettings(rank=4))
