@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +96,15 @@ class Trainer:
     seed: int = 11
     listener: Listener = field(default_factory=Listener)
 
+    def __post_init__(self) -> None:
+        self.unet = self.model.unet  # never trained itself
+
     def __call__(self, *, cached: CachedSet | None = None, stop_at: int | None = None, **settings: Any) -> TrainResult:
         extra = {name: settings.pop(name) for name in ("samples",) if name in settings}
         options = {"method": "qlora", "rank": 4, "steps": 4, "micro_batch_size": 4, "learning_rate": 1e-3, **settings}
         step = iter(range(len(self.events("train_step")), 10**6))
+        if self.model is not None:  # a fresh copy of the UNet, which is quicker than reading it from disk again
+            self.model = dataclasses.replace(self.model, unet=copy.deepcopy(self.unet))
         with open_run(self.root, create=True) as run:
             return train(
                 run, self.model, cached or self.cached, settings=TrainSettings(**options), seed=self.seed, key=KEY,
