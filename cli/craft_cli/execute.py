@@ -6,7 +6,7 @@ from craft_cli.request import Request, resolve
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.summary import summary_data, summary_lines
-from craft_fast.errors import Interrupted
+from craft_fast.errors import Interrupted, QualityGateError
 from craft_fast.quiet import quiet_third_party
 
 
@@ -33,7 +33,7 @@ def execute(request: Request, *, as_json: bool, quiet: bool, until: str | None =
             resolved = resolve(request)
             for note in resolved.notes:
                 sink.info(note)
-            from craft_fast.pipeline import run_pipeline
+            from craft_fast.pipeline import STAGES, run_pipeline
 
             try:
                 summary = run_pipeline(root, resolved.settings, until=until, only=only, progress=sink, should_stop=stop)
@@ -44,4 +44,14 @@ def execute(request: Request, *, as_json: bool, quiet: bool, until: str | None =
                     exit_code=stop.exit_code,
                     hint=f"the same command continues; so does: {request.command(only or 'run')}",
                 ) from stopped
-    print_result(mode, summary_lines(summary, only), summary_data(summary), event="result")
+            except QualityGateError as missed:
+                # The run is complete all the same, and its report shows what is missing.
+                page = root / "report.html"
+                if missed.where == "evaluate.min_win_rate" and page.exists():
+                    missed.hint += f"; the report: {page}"
+                raise
+    lines, data = summary_lines(summary, only), summary_data(summary)
+    if only is not None and only != STAGES[-1]:
+        data["next"] = request.command(STAGES[STAGES.index(only) + 1])
+        lines.append(f"next: {data['next']}")
+    print_result(mode, lines, data, event="result")

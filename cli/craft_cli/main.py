@@ -54,7 +54,7 @@ Exit codes:
 CRAFT_DEBUG=1 shows tracebacks. craft-fast COMMAND --help shows a command's options.
 """
 
-# Plain help: rich's boxes would cost a third of the start-up time and break pasted examples.
+# Plain help: importing rich would double the start-up time, and its boxes break pasted examples.
 app = typer.Typer(
     name="craft-fast",
     help=_HELP,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.options import DEFAULT_PRESET, DEFAULT_RUNS, run_names
-from craft_fast.errors import UsageError
+from craft_fast.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from craft_fast.config import Settings
@@ -68,7 +69,8 @@ class Request:
         if (self.root / "manifest.sqlite").exists():
             return self.root
         others = run_names(self.runs)
-        hint = f"--name with one of: {', '.join(others[:10])}" if others else f"start one: {self.command('run')}"
+        there = f"; there are: {', '.join(others[:10])}" if others else ""
+        hint = f"start one: {self.command('run')}{there}"
         raise UsageError("There is no such run", where=str(self.root), hint=hint)
 
 
@@ -109,7 +111,7 @@ def _shortcuts(request: Request) -> Iterator[str]:
     if request.prompts is not None and request.texts:
         raise UsageError("Prompts come from a file or from --prompt, not from both", where=request.prompts)
     if request.prompts is not None:
-        yield f"prompts.file={json.dumps(_absolute(request.prompts), ensure_ascii=False)}"
+        yield f"prompts.file={json.dumps(_prompt_file(request.prompts), ensure_ascii=False)}"
     if request.texts:
         yield f"prompts.file={json.dumps(str(write_prompts(request.root, request.texts)), ensure_ascii=False)}"
     if request.max_images is not None:
@@ -118,9 +120,23 @@ def _shortcuts(request: Request) -> Iterator[str]:
         yield f"generate.max_minutes={float(request.max_minutes)}"
 
 
-def _absolute(path: str) -> str:
-    # The run's saved settings must mean the same file from any folder.
-    return path if path.startswith("package:") else str(Path(path).expanduser().absolute())
+def _prompt_file(given: str) -> str:
+    """The absolute path of a prompt file, so that the run's saved settings mean the same file from any folder.
+
+    Raises:
+        ConfigError: there is no such file; found out before a run's folder is made for it.
+    """
+    if given.startswith("package:"):
+        return given
+    path = Path(given).expanduser().absolute()
+    if not path.exists():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {path.parent / close[0]}?" if close else "a prompt itself is given with --prompt TEXT"
+        raise ConfigError("There is no such prompt file", where=str(path), hint=hint)
+    if path.is_dir():
+        raise ConfigError("A prompt file is wanted, this is a folder", where=str(path), hint="give one file in it")
+    return str(path)
 
 
 def write_prompts(root: Path, texts: Sequence[str]) -> Path:

@@ -90,7 +90,19 @@ def test_prompts_of_the_command_line_move_with_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["p.txt", "a: b.txt", "null", "x # y.txt", "ü'\".txt", "{z}.txt", "12"])
 def test_any_file_name_survives(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("a red circle")
     assert resolve(Request(name="x", prompts=name)).settings.prompts.file == str(tmp_path / name)
+
+
+def test_a_missing_prompt_file_names_the_closest_and_makes_no_run(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    with pytest.raises(ConfigError) as caught:
+        resolve(Request(name="x", prompts="promts.txt"))
+    assert caught.value.where == str(tmp_path / "promts.txt")
+    assert str(tmp_path / "prompts.txt") in caught.value.hint
+    with pytest.raises(ConfigError, match="no such prompt file"):
+        resolve(Request(name="x", prompts="no/such/folder.txt"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_package_prompts_stay_as_they_are() -> None:
@@ -108,6 +120,7 @@ def test_budgets_are_settings() -> None:
 def test_prompts_come_in_one_way() -> None:
     with pytest.raises(UsageError):
         resolve(Request(name="x", prompts="a.txt", texts=["b"]))
+    assert not Path("runs").exists()
 
 
 def test_a_run_that_is_not_there_names_those_that_are() -> None:

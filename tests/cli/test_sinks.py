@@ -65,9 +65,24 @@ def test_meter_knows_rate_and_time_left() -> None:
     meter.advance(8, {"loss": 0.125})
     assert (meter.rate, meter.left_s) == (2.0, 16.0)
     assert meter.line() == "h: 8/40 images, 2 images/s, loss 0.125, 0:16 left"
-    meter.advance(32, {})
+    clock.now += 8
+    meter.advance(8, {})
+    assert (meter.rate, meter.left_s) == (1.0, 24.0)
+    meter.advance(24, {})
     assert "left" not in meter.line()
     assert Meter("x", None, "images", clock).line() == "x: 0 images"
+    assert Meter("x", 2, "images", clock).line("x") == "0/2 images"
+
+
+def test_what_a_resumed_task_begins_with_is_not_speed() -> None:
+    clock = Clock()
+    meter = Meter("train", 300, "steps", clock)
+    meter.advance(200, {})
+    assert meter.rate is None
+    for _ in range(10):
+        clock.now += 0.5
+        meter.advance(1, {})
+    assert (meter.rate, meter.left_s) == (2.0, 45.0)
 
 
 def test_memory_is_that_of_this_process() -> None:

@@ -101,6 +101,7 @@ class Bars:
             self._current.stopped = not finished
             self._current = None
         self._meters.clear()
+        self._stop = ""
         self._live.stop()
 
     def _draw(self) -> RenderableType:

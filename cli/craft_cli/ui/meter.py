@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -12,6 +13,8 @@ from typing import Any
 from craft_cli.ui.text import duration, figures
 
 Clock = Callable[[], float]
+_WINDOW = 64  # advances that a rate is averaged over
+_SHORTEST_S = 0.2  # a single advance sooner than this says nothing of the rate
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Meter:
     done: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     started: float = field(init=False)
+    marks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
     def __post_init__(self) -> None:
         self.started = self.clock()
@@ -32,6 +36,7 @@ class Meter:
     def advance(self, n: int, metrics: dict[str, float]) -> None:
         """Count ``n`` more units and keep the latest value of each metric."""
         self.done += n
+        self.marks.append((self.clock(), self.done))
         self.metrics.update(metrics)
 
     @property
@@ -41,9 +46,15 @@ class Meter:
 
     @property
     def rate(self) -> float | None:
-        """Units a second, or None before the first unit."""
+        """Units a second over the latest advances, or None where it cannot be known yet.
+
+        Measured between advances: what a resumed task begins with was not made in this moment.
+        """
+        if len(self.marks) > 1:
+            (since, first), (until, last) = self.marks[0], self.marks[-1]
+            return (last - first) / (until - since) if last > first and until > since else None
         elapsed = self.elapsed_s
-        return self.done / elapsed if self.done and elapsed > 0 else None
+        return self.done / elapsed if self.done and elapsed >= _SHORTEST_S else None
 
     @property
     def left_s(self) -> float | None:

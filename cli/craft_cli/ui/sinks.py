@@ -13,6 +13,8 @@ from craft_cli.ui.meter import Clock, Meter, MeterTask, memory_gib, memory_text
 from craft_cli.ui.text import clean, write_line
 from craft_fast.progress import Progress, Silent
 
+_START = time.monotonic()  # of the process, nearly: all events of one command count from here
+
 
 class Sink(Progress, Protocol):
     """Progress that can be told of a stop and be closed."""
@@ -105,12 +107,12 @@ class JsonLines:
 
     Args:
         stream: where lines go, normally stdout.
-        clock: seconds, monotonic; events carry the time since the sink was made.
+        clock: seconds, monotonic; events carry the time since the command began.
     """
 
     def __init__(self, stream: TextIO | None = None, *, clock: Clock = time.monotonic) -> None:
         self._stream = stream or sys.stdout
-        self._clock, self._start = clock, clock()
+        self._clock, self._start = clock, _START if clock is time.monotonic else clock()
         self._stage = ""
         self._stop: str | None = None
 

@@ -78,15 +78,22 @@ def _evaluation_row(row: EvalRow) -> list[str]:
         f"  {row.metric}",
         f"{row.base_mean:.4f}",
         f"{row.tuned_mean:.4f}",
-        f"{row.tuned_mean - row.base_mean:+.4f}",
-        f"[{row.ci_low:+.4f}, {row.ci_high:+.4f}]",
+        _signed(row.tuned_mean - row.base_mean),
+        f"[{_signed(row.ci_low)}, {_signed(row.ci_high)}]",
         f"{row.win_rate:.1%}",
     ]
 
 
+def _signed(value: float) -> str:
+    """Four decimals with their sign; what rounds to zero has none."""
+    text = f"{value:+.4f}"
+    return " 0.0000" if float(text) == 0 else text
+
+
 def counts(info: Mapping[str, Any]) -> str:
-    """The plain numbers among a stage's figures."""
-    return figures({k: v for k, v in info.items() if isinstance(v, int | float) and not isinstance(v, bool)})
+    """The plain numbers among a stage's figures, without those that are zero."""
+    numbers = {k: v for k, v in info.items() if isinstance(v, int | float) and not isinstance(v, bool) and v}
+    return figures({k: v for k, v in numbers.items() if k != "size"})
 
 
 def status_lines(stages: Iterable[StageStatus], command: str) -> list[str]:
