@@ -85,6 +85,13 @@ def test_missing_things_are_environment_problems(copy: Path, tmp_path: Path) -> 
         model_digest(copy)
 
 
+def test_a_hub_id_that_cannot_be_had_is_an_environment_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EnvironmentProblem, match="hub") as missing:
+        model_digest("nobody/no-such-model")
+    assert "model.path" in missing.value.hint
+
+
 def test_a_part_without_weights(copy: Path) -> None:
     next((copy / "vae").glob("*.safetensors")).unlink()
     with pytest.raises(EnvironmentProblem, match="no weights"):
