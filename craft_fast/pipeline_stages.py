@@ -16,9 +16,11 @@ from craft_fast.filtering import training_samples
 from craft_fast.pipeline_keys import OutputKeys, expander_cache, output_keys
 from craft_fast.pipeline_stream import STREAMED, Stream, Work
 from craft_fast.records import StageRow
+from craft_fast.store.digest import sha256_file
 from craft_fast.workbench import Meter
 
 T = TypeVar("T")
+_HASHED_BYTES = 1 << 30
 
 
 class Stages:
@@ -67,9 +69,14 @@ class Stages:
         row = self._row(name)
         if row.state != "done" or row.key != self.key(name):
             return False
-        return all(
-            self.work.run.path(str(row.info[part])).exists() for part in ("path", "html", "json") if part in row.info
-        )
+        files = [self.work.run.path(str(row.info[part])) for part in ("path", "html", "json") if part in row.info]
+        return all(file.exists() for file in files) and self._undamaged(row)
+
+    def _undamaged(self, row: StageRow) -> bool:
+        """Whether the exported file is what was written; one of many GiB is left to ``verify``."""
+        if "sha256" not in row.info or int(row.info["size"]) > _HASHED_BYTES:
+            return True
+        return sha256_file(self.work.run.path(str(row.info["path"]))) == str(row.info["sha256"])
 
     def filter_done(self) -> bool:
         """Whether there are verdicts to train on."""
@@ -241,6 +248,7 @@ class Stages:
                 self._train()
             else:
                 self._adapter = found.adapter
+        assert self._adapter is not None
         metadata = {"train_key": self.key("train"), "model": work.keys.model, "seed": str(work.settings.seed)}
         ref = export_lora(work.run, self._adapter, settings=work.settings, metadata=metadata)
         return {"path": ref.path, "sha256": ref.sha256, "size": ref.size}

@@ -83,9 +83,12 @@ class Stream:
         self.groups = manifest.groups(keys.expand, "train")
         self.stage_keys = {"generate": keys.generate, "score": keys.score, "filter": keys.filter}
         self.meters = {name: self._meter(name) for name in STREAMED}
-        for name in self.steps:
+        for name in self._steps_in_order():
             manifest.begin_stage(name, self.stage_keys[name])
         self.recorded = self._read_decision()
+
+    def _steps_in_order(self) -> list[str]:
+        return [name for name in STREAMED if name in self.steps]
 
     def _meter(self, name: str) -> Meter:
         """The stage's clock goes on where it stopped, also when a larger budget or another filter asks for more."""
@@ -281,7 +284,7 @@ class Stream:
             if result is not None:
                 manifest.put_selections(work.keys.filter, result.selections)
                 manifest.set_meta(self._decision_name, json.dumps(asdict(decision)))
-            for name in self.steps & infos.keys():
+            for name in (step for step in self._steps_in_order() if step in infos):
                 meter = self.meters[name]
                 manifest.finish_stage(name, self.stage_keys[name], meter.seconds, meter.peak_gib, infos[name])
         if result is not None:
