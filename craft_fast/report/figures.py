@@ -100,15 +100,16 @@ def verdict(rows: Sequence[EvalRow]) -> Verdict:
     return Verdict("unclear", "No clear difference", row)
 
 
-def histogram(reward: str, all_values: Sequence[float], accepted: Sequence[float], *, bins: int = 28) -> Histogram:
+def histogram(reward: str, all_values: Sequence[float], accepted: Sequence[float]) -> Histogram:
     """Shares by bin of one reward.
 
     Args:
         reward: its name.
         all_values: finite values of all candidates, at least one.
         accepted: those of the accepted ones.
-        bins: number of bins between the smallest and the largest value.
     """
+    # Few values in many bins would draw a comb: as many bins as twice the root of the smaller number.
+    bins = max(8, min(28, round(2 * math.sqrt(len(accepted) or len(all_values)))))
     low, high = min(all_values), max(all_values)
     width = (high - low) / bins or 1.0
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import craft_fast
+from craft_fast.errors import CraftError
 from craft_fast.records import Candidate, EvalRow, FileRef, Selection, StageRow
 from craft_fast.store.run import read_log
 
@@ -84,6 +85,8 @@ class ReportData:
     strips: Sequence[Strip]
     losses: Sequence[tuple[int, float]]
     versions: Mapping[str, str]
+    reward_keys: Mapping[str, str]
+    model_digest: str | None
     loras: Sequence[FileRef]
 
 
@@ -116,6 +119,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         inputs: the keys to read under.
     """
     manifest = run.manifest
+    reward_keys = {name: inputs.reward_keys[name] for name in settings.rewards if name in inputs.reward_keys}
     candidates = manifest.candidates(inputs.generate)
     resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
     shown = _without_passwords(resolved)
@@ -130,7 +134,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         filter_rewards=settings.filter.rewards,
         stages=[row for row in manifest.stages() if row.state == "done"],
         candidates=candidates,
-        scores=manifest.scores(inputs.reward_keys, [row.candidate_id for row in candidates]),
+        scores=manifest.scores(reward_keys, [row.candidate_id for row in candidates]),
         selections=manifest.selections(inputs.filter),
         evaluation=manifest.eval_rows(inputs.evaluate),
         pairs=_pairs(run, inputs),
@@ -138,6 +142,8 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         strips=_strips(run, inputs),
         losses=_losses(run, inputs.train),
         versions=_versions(),
+        reward_keys=reward_keys,
+        model_digest=_model_digest(settings.model.path),
         loras=_loras(run),
     )
 
@@ -201,6 +207,16 @@ def _versions() -> dict[str, str]:
     if torch is not None and torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     return found
+
+
+def _model_digest(path: str) -> str | None:
+    """The model's digest, free where the pipeline has just computed it; None when the model is not there any more."""
+    from craft_fast.sdxl.load import model_digest
+
+    try:
+        return model_digest(path)
+    except CraftError:
+        return None
 
 
 def _loras(run: Run) -> list[FileRef]:

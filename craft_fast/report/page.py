@@ -317,7 +317,7 @@ def _stage(row: StageRow, longest: float) -> str:
 def _info(row: StageRow) -> str:
     """The plain figures that a stage noted, as ``images 640, images_per_s 6.1``."""
     notes = [
-        f"{name} {number(float(value))}"
+        f"{name} {value if isinstance(value, int) else number(value)}"
         for name, value in row.info.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
@@ -343,7 +343,10 @@ def _facts(data: ReportData) -> str:
 
 
 def _digests(data: ReportData) -> list[tuple[str, str]]:
-    return [(ref.path, ref.sha256) for ref in data.loras] + [(f"stage {row.name}", row.key) for row in data.stages]
+    model = [("model", data.model_digest)] if data.model_digest else []
+    loras = [(ref.path, ref.sha256) for ref in data.loras]
+    rewards = [(f"reward {name}", key) for name, key in data.reward_keys.items()]
+    return [*loras, *model, *rewards, *((f"stage {row.name}", row.key) for row in data.stages)]
 
 
 def _definitions(items: Sequence[tuple[str, str]]) -> str:

@@ -36,6 +36,8 @@ def report_json(data: ReportData) -> dict[str, Any]:
         "versions": dict(data.versions),
         "digests": {
             "stages": {row.name: row.key for row in data.stages},
+            "model": data.model_digest,
+            "rewards": dict(data.reward_keys),
             "lora": {ref.path: ref.sha256 for ref in data.loras},
         },
     }
