@@ -66,7 +66,9 @@ def test_bicubic_crop_equals_pil(height: int, width: int) -> None:
     small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     top, left = (small.shape[0] - 32) // 2, (small.shape[1] - 32) // 2
     found = prepare(torch.from_numpy(pixels).permute(2, 0, 1)[None], free())[0].permute(1, 2, 0) * 255
-    assert np.abs(found.numpy() - small[top : top + 32, left : left + 32]).max() <= 1.01
+    gap = np.abs(found.numpy() - small[top : top + 32, left : left + 32])
+    assert gap.max() <= 1.01
+    assert (gap > 0.01).mean() < 0.1  # PIL rounds between its two passes
 
 
 def test_pad_keeps_the_proportions_and_fills_with_zeros_before_normalising() -> None:
