@@ -155,6 +155,12 @@ def _read_latents(run: Run, samples: Sequence[Sample], candidates: Sequence[Cand
     rows: list[Tensor] = []
     bad: dict[str, tuple[Candidate, IntegrityError]] = {}
     for sample in samples:
+        if sample.candidate_id not in by_id:
+            raise IntegrityError(
+                "A training sample names a candidate that is not there.",
+                where=f"sample {sample.sample_id}, candidate {sample.candidate_id}",
+                hint="Type `craft-fast filter`: it chooses the samples again.",
+            )
         candidate = by_id[sample.candidate_id]
         found = files.get(candidate.latents)
         if found is None:

@@ -167,6 +167,13 @@ def test_latents_that_can_not_be_used_are_named(run: Run, model: SdxlModel, stor
         assert "craft-fast generate" in caught.value.hint
 
 
+def test_sample_without_its_candidate(run: Run, model: SdxlModel, stored: Any) -> None:
+    samples, candidates = stored
+    with pytest.raises(IntegrityError, match="not there") as caught:
+        load_cache(run, lambda: model, samples, candidates[:2], key=KEY)
+    assert "c2" in caught.value.where
+
+
 def test_text_encoder_that_gives_nan_is_an_error(
     run: Run, model: SdxlModel, stored: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
