@@ -52,7 +52,9 @@ for _tag, _pattern, _first in (
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+    # Line ends, Unicode's among them, are escaped; other styles would fold them into spaces.
+    broken = bool(text) and text.splitlines() != [text]
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if broken else None)
 
 
 _Dumper.add_representer(str, _represent_text)

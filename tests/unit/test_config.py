@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -263,6 +263,7 @@ texts = st.text(max_size=60)
 
 @hypothesis_settings(max_examples=150, deadline=None)
 @given(texts, texts, st.lists(texts, max_size=4), st.floats(1e-9, 1e3))
+@example("a\x85b", "\u2028", ["\r", "\r\n", "\n", "1e-4", "no", "", "\ufeff", "\ud7ff", "\U0001f600", "\x7f"], 1e-9)
 def test_any_text_and_number_reads_back(title: str, negative: str, words: list[str], rate: float) -> None:
     for value in (title, words, {"a": negative}, rate):
         try:
