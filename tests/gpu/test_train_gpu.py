@@ -69,7 +69,7 @@ def trained(folder: Path, tmp_path: Path) -> Train:
 
 
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 2e-2), ("float16", 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2), ("float16", 1e-2)])
 def test_losses_are_near_those_of_the_cpu(trained: Train, method: str, dtype: str, tolerance: float) -> None:
     if method == "full" and dtype == "float16":
         pytest.skip("whole float16 weights underflow in AdamW; bfloat16 is for that")
