@@ -204,3 +204,20 @@ def test_reading_loads_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_the_tiny_presets_own_prompts_and_their_variants_are_in_its_words(tmp_path: Path) -> None:
+    from craft_fast.expanders import build_groups, make_expander
+    from craft_fast.settings_io import load_settings
+
+    settings = load_settings()
+    sets = load_prompts(settings.prompts)
+    assert sets.notes == ()
+    expander = make_expander(settings.expand, cache_dir=tmp_path)
+    result = build_groups(sets.train, expander, settings.expand.variants, 0)
+    assert result.dropped == ()
+    path = tmp_path / "variants.txt"
+    path.write_text("\n".join(v.text for group in result.groups for v in group.variants[1:]))
+    found = read_prompts(path, settings.prompts)
+    assert found.rejected == 0
+    assert len(found.prompts) == len(sets.train) * settings.expand.variants
