@@ -220,4 +220,4 @@ def test_the_tiny_presets_own_prompts_and_their_variants_are_in_its_words(tmp_pa
     path.write_text("\n".join(v.text for group in result.groups for v in group.variants[1:]))
     found = read_prompts(path, settings.prompts)
     assert found.rejected == 0
-    assert len(found.prompts) == len(sets.train) * settings.expand.variants
+    assert len(found.prompts) + found.duplicates == len(sets.train) * settings.expand.variants
