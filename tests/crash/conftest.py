@@ -110,6 +110,13 @@ class World:
             return []
         return [f"{check.what}: {check.detail}" for check in verify_run(self.root(name)) if not check.ok]
 
+    def stage(self, name: str) -> str:
+        """The stage that a run was killed in."""
+        if not (self.root(name) / "manifest.sqlite").exists():
+            return "start"
+        rows = read_tables(self.root(name))["stages"]
+        return next((row[0] for row in rows if row[2] == "running"), "between")
+
     def work_done(self, name: str) -> list[tuple[Any, ...]]:
         """Rows that no kill may take away: candidates, scores, verdicts, samples, pictures."""
         if not (self.root(name) / "manifest.sqlite").exists():

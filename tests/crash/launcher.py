@@ -74,7 +74,7 @@ def rows_first() -> None:
             atomic.Batch.write_safetensors = write_safetensors  # type: ignore[method-assign]
         run.manifest.put_candidates(args[-1], rows)
         for do in held:
-            time.sleep(0.01)
+            time.sleep(0.1)
             do()
         return rows
 
