@@ -70,6 +70,10 @@ class Stages:
         if row.state != "done" or row.key != self.key(name):
             return False
         files = [self.work.run.path(str(row.info[part])) for part in ("path", "html", "json") if part in row.info]
+        if name == "evaluate":
+            manifest = self.work.run.manifest
+            pictures = [ref for kind in ("eval_base", "eval_tuned") for ref in manifest.files(kind, row.key).values()]
+            files += [self.work.run.path(ref.path) for ref in pictures]
         return all(file.exists() for file in files) and self._undamaged(row)
 
     def _undamaged(self, row: StageRow) -> bool:

@@ -100,6 +100,9 @@ class Stream:
 
     def run(self) -> FilterResult | None:
         """Work through the blocks; returns the final verdicts, or None when nothing was to be judged."""
+        budget = self.work.settings.generate
+        if "generate" in self.steps and "filter" not in self.steps and not (budget.max_images or budget.max_minutes):
+            self.work.progress.info(f"No budget: candidates of all {len(self.groups)} prompts; --max-images sets one")
         try:
             used, decision = self._blocks()
             return self._finish(used, decision)

@@ -19,6 +19,7 @@ _NAMES = {
     "checkpoint": "checkpoints",
     "lora": "LoRA",
 }
+_REMEDY = "the same craft-fast run makes it anew where it is still needed"
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def _problem(run: Run, ref: FileRef) -> str:
     """What is wrong with a file; empty when it is what was written."""
     path = run.path(ref.path)
     if not path.exists():
-        return "missing; the same craft-fast run again makes it anew"
+        return f"missing; {_REMEDY}"
     try:
         if path.suffix == ".safetensors":
             load_safetensors(path, expect_sha256=ref.sha256)
         elif path.is_file() and sha256_file(path) != ref.sha256:
-            return "its content is not what was written; remove it and the same craft-fast run makes it anew"
+            return f"its content is not what was written; remove it, and {_REMEDY}"
     except IntegrityError as error:
-        return f"{error.what}: {error.why}" if error.why else error.what
+        return f"{error.what}: {error.why}; {_REMEDY}" if error.why else f"{error.what}; {_REMEDY}"
     return ""
 
 

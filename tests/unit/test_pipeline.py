@@ -324,6 +324,17 @@ def test_other_methods_run_through(method: str, copy: Path, settings: Settings) 
     assert [check for check in verify_run(copy) if not check.ok] == []
 
 
+def test_a_picture_of_the_evaluation_that_is_gone_is_drawn_again(copy: Path, settings: Settings) -> None:
+    picture = sorted(copy.glob("samples/eval/tuned-*/*.png"))[0]
+    before = picture.read_bytes()
+    picture.unlink()
+    assert [check.what for check in verify_run(copy) if not check.ok][-1] == picture.relative_to(copy).as_posix()
+    said = Said()
+    run_pipeline(copy, settings, progress=said)
+    assert said.worked == {"evaluate"}
+    assert picture.read_bytes() == before
+
+
 def test_a_run_that_moved_goes_on(finished: Path, settings: Settings, tmp_path: Path) -> None:
     root = tmp_path / "before"
     run_pipeline(root, settings, until="train")
