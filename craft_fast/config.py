@@ -135,9 +135,9 @@ class TrainSettings(Section):
     target_modules: list[str] = _f(
         ["to_q", "to_k", "to_v", "to_out.0"], "names of the linear layers that get an adapter", min_length=1
     )
-    learning_rate: float = _f(1e-4, "AdamW8bit learning rate", gt=0)
+    learning_rate: float = _f(1e-3, "AdamW8bit learning rate", gt=0)
     warmup_steps: int = _f(10, "linear warm-up", unit="steps", ge=0)
-    steps: int = _f(300, "optimizer steps", ge=1)
+    steps: int = _f(150, "optimizer steps", ge=1)
     micro_batch_size: int = _f(32, "samples in one forward", ge=1)
     grad_accum_steps: int = _f(
         1, "micro-batches in one optimizer step; global batch = micro_batch_size * grad_accum_steps", ge=1
