@@ -47,6 +47,14 @@ class Manifest:
         self._depth = 0
         with self._errors():
             self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
+        try:
+            self._open(read_only)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, read_only: bool) -> None:
+        with self._errors():
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ from craft_fast.store.manifest import Manifest
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> Manifest:
-    return Manifest(tmp_path / "manifest.sqlite")
+def manifest(tmp_path: Path) -> Iterator[Manifest]:
+    opened = Manifest(tmp_path / "manifest.sqlite")
+    yield opened
+    opened.close()
 
 
 def ref(name: str) -> FileRef:
@@ -132,6 +135,7 @@ def test_read_only_refuses_changes_and_sees_the_writer(manifest: Manifest) -> No
         reader.set_meta("a", "2")
     manifest.set_meta("a", "3")
     assert reader.get_meta("a") == "3"
+    reader.close()
 
 
 def test_damage_is_an_integrity_error(tmp_path: Path) -> None:
