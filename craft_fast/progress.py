@@ -39,14 +39,18 @@ class Silent:
     """Progress that says nothing; the default of library calls."""
 
     def stage(self, name: str, index: int, total: int, note: str = "") -> None:
+        """Say nothing."""
         return None
 
     @contextmanager
     def task(self, label: str, total: int | None, unit: str) -> Iterator[Task]:
+        """Count nothing."""
         yield _SilentTask()
 
     def info(self, message: str) -> None:
+        """Say nothing."""
         return None
 
     def warn(self, message: str) -> None:
+        """Say nothing."""
         return None

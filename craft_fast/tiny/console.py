@@ -16,6 +16,7 @@ class _Bar:
         self.started = self.said = time.monotonic()
 
     def advance(self, n: int = 1, **metrics: float) -> None:
+        """Count and, at most every two seconds, say so."""
         self.done += n
         now = time.monotonic()
         if now - self.said < 2 and self.done != self.total:
@@ -36,14 +37,18 @@ class Console:
     """Progress as lines on standard error, at most one every two seconds."""
 
     def stage(self, name: str, index: int, total: int, note: str = "") -> None:
+        """A stage begins."""
         print(f"[{index}/{total}] {name} {note}", file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, label: str, total: int | None, unit: str) -> Iterator[Task]:
+        """A counted piece of work."""
         yield _Bar(label, total, unit)
 
     def info(self, message: str) -> None:
+        """A line worth reading."""
         print(message, file=sys.stderr, flush=True)
 
     def warn(self, message: str) -> None:
+        """Something to act on."""
         print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -28,7 +28,16 @@ _MIN_IOU = 0.70
 
 @dataclass
 class Findings:
-    """What the oracle sees: count [B], shape/colour [B, 2] (-1: none), centre [B, 2, 2] in px, background [B], clean [B]."""
+    """What the oracle sees.
+
+    Attributes:
+        count: things found, [B].
+        shape: index into ``SHAPES`` of the two largest things, [B, 2]; -1: none.
+        colour: index into ``COLOURS``, [B, 2]; -1: none.
+        centre: (x, y) in px, [B, 2, 2].
+        background: index into ``BACKGROUNDS``, [B].
+        clean: cleanliness 0 to 1, [B].
+    """
 
     count: Tensor
     shape: Tensor

@@ -55,7 +55,8 @@ def fit_vae(
         log_variance = log_variance.clamp(-30, 10)
         again = vae.decoder(vae.post_quant_conv(mean + torch.exp(0.5 * log_variance) * noise)).float()
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return F.l1_loss(again, pictures) + F.mse_loss(again, pictures) + 1e-4 * divergence
+        total: Tensor = F.l1_loss(again, pictures) + F.mse_loss(again, pictures) + 1e-4 * divergence
+        return total
 
     Fitter(vae, loss, draw, rate=2e-3).fit(steps, work / "vae.safetensors", progress, "autoencoder")
     with torch.no_grad():
@@ -137,7 +138,8 @@ def fit_base(
         added = {"text_embeds": pooled, "time_ids": sizes}
         predicted = base.unet(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, embeds, added_cond_kwargs=added).sample.float()
         snr = a / (1 - a)
-        return (snr.clamp(max=MIN_SNR_GAMMA) / snr * (predicted - noise).square()).mean()
+        total: Tensor = (snr.clamp(max=MIN_SNR_GAMMA) / snr * (predicted - noise).square()).mean()
+        return total
 
     module = nn.ModuleList([base.unet, base.text_encoder, base.text_encoder_2])
     Fitter(module, loss, draw, rate=1.5e-3).fit(steps, work / "base.safetensors", progress, "UNet and text encoders")
