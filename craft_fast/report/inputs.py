@@ -57,10 +57,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """One held-out prompt as it was drawn during training, same seed: (optimizer step, image), steps rising."""
+    """One held-out prompt as it was drawn during training, same seed: (what drew it, image), in order of time."""
 
     prompt: str
-    images: Sequence[tuple[int, Path]]
+    images: Sequence[tuple[str, Path]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         evaluation=manifest.eval_rows(inputs.evaluate),
         pairs=_pairs(run, inputs),
         grid_prompts=settings.report.grid_prompts,
-        strips=_strips(run, inputs),
+        strips=_strips(run, inputs, settings.train.steps),
         losses=_losses(run, inputs.train),
         versions=_versions(),
         reward_keys=reward_keys,
@@ -165,22 +165,26 @@ def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:
     return pairs
 
 
-def _strips(run: Run, inputs: ReportInputs) -> list[Strip]:
-    """Pictures that training drew at intervals, with the base model's as step 0 where it was evaluated."""
+def _strips(run: Run, inputs: ReportInputs, last_step: int) -> list[Strip]:
+    """Pictures that training drew at intervals, between the base model's and the tuned one's where those are there."""
     by_prompt: dict[str, dict[int, Path]] = {}
     for name, ref in run.manifest.files("sample", "train").items():
         step, _, prompt_id = name.partition("/")
         if step.isdecimal() and run.path(ref.path).is_file():
             by_prompt.setdefault(prompt_id, {})[int(step)] = run.path(ref.path)
-    base = run.manifest.files(*inputs.images["base"]) if "base" in inputs.images else {}
+    ends = {side: run.manifest.files(*where) for side, where in inputs.images.items()}
     strips = []
     for group in run.manifest.groups(inputs.expand, "heldout"):
         prompt_id = group.prompt.prompt_id
         if prompt_id in by_prompt:
-            images = dict(by_prompt[prompt_id])
-            if prompt_id in base and run.path(base[prompt_id].path).is_file():
-                images[0] = run.path(base[prompt_id].path)
-            strips.append(Strip(group.prompt.text, sorted(images.items())))
+            steps = by_prompt[prompt_id]
+            images = [(f"step {step}", path) for step, path in sorted(steps.items())]
+            found = {side: run.path(files[prompt_id].path) for side, files in ends.items() if prompt_id in files}
+            if "base" in found and found["base"].is_file():
+                images.insert(0, ("base", found["base"]))
+            if "tuned" in found and found["tuned"].is_file() and last_step not in steps:
+                images.append(("tuned", found["tuned"]))
+            strips.append(Strip(group.prompt.text, images))
     return strips
 
 

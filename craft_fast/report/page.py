@@ -274,7 +274,8 @@ def _training(data: ReportData) -> str:
     average = figures.smooth(values, max(5, len(values) // 15))
     lead = (
         f"Weighted noise-prediction loss over {len(values)} optimizer steps, faint, and its moving average: "
-        f"{number(average[0])} to {number(average[-1])}. It says that training was calm, not that pictures got better."
+        f"{number(average[0])} to {number(average[-1])}. It shows whether training was stable, not whether pictures "
+        "got better."
     )
     return _section("Training", lead, charts.loss_chart(data.losses) + strips)
 
@@ -286,9 +287,8 @@ def _strips(data: ReportData) -> str:
     rows = ""
     for prompt, images in shown:
         cells = ""
-        for step, _ in images:
+        for label, _ in images:
             picture = next(pictures)
-            label = f"step {step}" if step else "base"
             kind = " class=small" if picture.small else ""
             cells += f'<div><img{kind} src="{picture.uri}" alt="{label}: {esc(prompt)}"><span>{label}</span></div>'
         rows += f"<figure><div class=strip>{cells}</div><figcaption>{quoted(prompt)}</figcaption></figure>"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from craft_fast.config import ReportSettings, RewardSettings, Settings
+from craft_fast.config import ReportSettings, RewardSettings, Settings, TrainSettings
 from craft_fast.records import Candidate, EvalRow, FileRef, Group, Prompt, ScoreRow, Selection, Variant
 from craft_fast.report import ReportInputs, build_report
 from craft_fast.rng import derive_seed
@@ -36,6 +36,7 @@ SETTINGS = Settings(
         **{name: RewardSettings(kind="clip", path=f"rewards/{name}") for name in TRAINING},
         **{name: RewardSettings(kind="function", path=f"judge:{name}", held_out=True) for name in HELD_OUT},
     },
+    train=TrainSettings(steps=300),
     report=ReportSettings(title="Shapes, first try"),
 )
 KEYS = ReportInputs(
@@ -224,8 +225,11 @@ def test_grid_shows_the_first_prompts_twice_and_the_worst_again(run: Run) -> Non
 def test_strips_show_training_from_the_base_on(run: Run) -> None:
     fill(run)
     _, page = page_of(run)
-    steps = [str(attributes["alt"]).partition(":")[0] for tag, attributes in page.tags if tag == "img"]
-    assert steps[-16:] == ["base", "step 100", "step 200", "step 300"] * 4
+    drawn = [str(attributes["alt"]).partition(":")[0] for tag, attributes in page.tags if tag == "img"]
+    assert drawn[-16:] == ["base", "step 100", "step 200", "step 300"] * 4
+    build_report(run, SETTINGS.model_copy(update={"train": TrainSettings(steps=350)}), KEYS)
+    drawn = re.findall(r'alt="([a-z0-9 ]+): a red square', run.path("report.html").read_text())
+    assert drawn[-5:] == ["base", "step 100", "step 200", "step 300", "tuned"]
 
 
 def test_large_pictures_are_made_to_fit(run: Run) -> None:
