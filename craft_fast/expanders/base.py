@@ -54,31 +54,6 @@ class ExpandResult:
     dropped: tuple[Expansion, ...]
 
 
-def make_expander(settings: ExpandSettings, *, cache_dir: Path, device: str = "auto") -> Expander:
-    """The expander that ``settings.kind`` asks for.
-
-    Args:
-        settings: the expand section.
-        cache_dir: where answers of a server are kept, inside the run's folder.
-        device: for a local model.
-    """
-    if settings.kind == "template":
-        from craft_fast.expanders.template import TemplateExpander
-
-        return TemplateExpander(settings.templates, settings.slots)
-    if settings.kind == "file":
-        from craft_fast.expanders.file import FileExpander
-
-        return FileExpander(settings.file or "")
-    if settings.kind == "openai":
-        from craft_fast.expanders.openai import OpenAIExpander
-
-        return OpenAIExpander(settings, cache_dir)
-    from craft_fast.expanders.transformers import TransformersExpander
-
-    return TransformersExpander(settings, device)
-
-
 def build_groups(
     prompts: Sequence[Prompt], expander: Expander, k: int, seed: int, progress: Progress | None = None
 ) -> ExpandResult:
