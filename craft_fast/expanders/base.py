@@ -9,10 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from craft_fast.config import ExpandSettings
 from craft_fast.errors import CraftError
 from craft_fast.progress import Progress, Silent
 from craft_fast.prompt_lines import clean_text, excerpt
