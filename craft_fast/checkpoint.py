@@ -91,26 +91,28 @@ def save(
     # What claims a later step than the one just saved was passed over as damaged when training resumed.
     later = [folder for folder, record in _complete(run, key) if int(record["step"]) > step]
     _remove(run, later)
-    _prune(run, key, keep)
+    _remove(run, [folder for folder, _ in _complete(run, key)][keep:])
     return final
 
 
-def settle(run: Run, key: str, *, keep: int) -> None:
+def settle(run: Run, key: str, found: Checkpoint, *, keep: int) -> None:
     """Finish what a killed ``save`` left undone: half-written folders, rows of a complete one, folders beyond ``keep``.
 
     Args:
         run: the open run.
         key: the train stage's key.
+        found: the newest checkpoint that verified; it and the ``keep - 1`` before it stay.
         keep: checkpoints kept.
     """
     _sweep(run.path("checkpoints"))
     known = run.manifest.files(FILES_KIND, key)
     for folder, record in reversed(list(_complete(run, key))):
-        if f"{folder.name}/{COMPLETE}" not in known:
+        if int(record["step"]) <= found.step and f"{folder.name}/{COMPLETE}" not in known:
             written = {name: atomic.Written(sha256, _size(folder / name)) for name, sha256 in record["files"].items()}
             written[COMPLETE] = atomic.Written(sha256_file(folder / COMPLETE), _size(folder / COMPLETE))
             _register(run, key, folder, written)
-    _prune(run, key, keep)
+    # Counted from the one that verified: a damaged newer one must not push out the good one.
+    _remove(run, [folder for folder, record in _complete(run, key) if int(record["step"]) <= found.step][keep:])
 
 
 def latest(run: Run, key: str, *, progress: Progress | None = None) -> Checkpoint | None:
@@ -188,10 +190,6 @@ def _record(folder: Path) -> dict[str, Any] | None:
 def _register(run: Run, key: str, folder: Path, refs: Mapping[str, atomic.Written]) -> None:
     rows = {f"{folder.name}/{name}": _ref(run, folder / name, *written) for name, written in refs.items()}
     run.manifest.put_files(FILES_KIND, key, rows)
-
-
-def _prune(run: Run, key: str, keep: int) -> None:
-    _remove(run, [folder for folder, _ in _complete(run, key)][keep:])
 
 
 def _remove(run: Run, folders: Sequence[Path]) -> None:

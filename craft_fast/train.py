@@ -106,6 +106,8 @@ def train(
     progress = progress or Silent()
     _refuse_non_finite(cached)
     found = checkpoint.latest(run, key, progress=progress)
+    if found is not None:
+        checkpoint.settle(run, key, found, keep=settings.keep_checkpoints)
     state = _State(settings.micro_batch_size) if found is None else _restored_state(found)
     log = _StepLog(run, key, state, settings)
     if found is not None and found.step >= settings.steps:

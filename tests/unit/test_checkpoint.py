@@ -166,3 +166,34 @@ def test_litter_of_a_killed_process_is_swept(run: Run) -> None:
     assert checkpoint.latest(run, KEY) is None
     save(run, 10)
     assert names(run) == ["step-000010"]
+
+
+def test_a_save_killed_before_its_rows_is_settled(run: Run) -> None:
+    for step in (10, 20, 30):
+        save(run, step, keep=3)
+    run.manifest.drop_files(
+        checkpoint.FILES_KIND,
+        KEY,
+        [f"step-000030/{path.name}" for path in (run.path("checkpoints", "step-000030")).iterdir()],
+    )
+    (run.path("checkpoints", "step-000040.tmp")).mkdir()
+    found = checkpoint.latest(run, KEY)
+    assert found is not None
+    checkpoint.settle(run, KEY, found, keep=2)
+    assert names(run) == ["step-000020", "step-000030"]
+    refs = run.manifest.files(checkpoint.FILES_KIND, KEY)
+    assert {name.split("/")[0] for name in refs} == {"step-000020", "step-000030"}
+    assert all(sha256_file(run.path(ref.path)) == ref.sha256 for ref in refs.values())
+
+
+def test_a_damaged_newest_one_does_not_push_out_the_good_one(run: Run) -> None:
+    save(run, 10, keep=2)
+    newest = save(run, 20, keep=2)
+    (newest / "adapter.safetensors").write_bytes(b"rotten")
+    found = checkpoint.latest(run, KEY)
+    assert found is not None
+    assert found.step == 10
+    checkpoint.settle(run, KEY, found, keep=1)
+    again = checkpoint.latest(run, KEY)
+    assert again is not None
+    assert again.step == 10
