@@ -67,7 +67,7 @@ gpu: setup
 	@$(BIN)/python -m pytest -q -m gpu
 
 bench: setup
-	@$(BIN)/python -m bench.run
+	@$(BIN)/python bench/method.py controls
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
