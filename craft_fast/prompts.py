@@ -36,13 +36,17 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """What one file gave. ``rejections`` holds the first 1,000, ``rejected`` counts all."""
+    """What one file gave. ``rejections`` holds the first 1,000, ``rejected`` counts all.
+
+    ``known_words`` is filled when a line was rejected for a word that the model does not know.
+    """
 
     source: str
     prompts: tuple[Prompt, ...]
     rejections: tuple[Rejection, ...]
     rejected: int
     duplicates: int
+    known_words: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Lines worth saying about the file; empty when there was nothing but prompts."""
@@ -54,6 +58,8 @@ class PromptFile:
             said += [f"  line {r.line}: {r.reason} ({r.excerpt or 'no text'})" for r in self.rejections[:5]]
             if self.rejected > 5:
                 said.append(f"  and {self.rejected - 5} more")
+        if self.known_words:
+            said.append(f"  known words: {', '.join(self.known_words[:200])}")
         return said
 
 
@@ -129,7 +135,8 @@ def read_prompts(source: str | Path, settings: PromptSettings, *, split: Split =
             raise ConfigError("The prompt file holds too many prompts.", where=where, why=why)
         else:
             prompts[key] = Prompt(key, text, split, record.line, _meta(record))
-    found = PromptFile(path.name, tuple(prompts.values()), tuple(rejections), rejected, duplicates)
+    words = tuple(sorted(known)) if known is not None and unknown else ()
+    found = PromptFile(path.name, tuple(prompts.values()), tuple(rejections), rejected, duplicates, words)
     if not prompts:
         raise _nothing_left(path, found, unknown, known)
     return found
@@ -174,7 +181,8 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
     """Read the prompts of a run and part them.
 
     Without a held-out file a prompt is held out by a hash of its text, so that adding prompts moves none of the
-    others. A training prompt that is also held out is taken from training, and that is said.
+    others. What a held-out file shares with the training prompts is trained on and not evaluated, and that is said:
+    a person's own prompts must not vanish because a held-out file that came with a preset holds them too.
 
     Raises:
         ConfigError: a file cannot be read, or no training prompt is left.
@@ -184,10 +192,18 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
     if settings.heldout_file is not None:
         other = read_prompts(settings.heldout_file, settings, split="heldout")
         notes += other.notes()
-        held = {prompt.prompt_id: prompt for prompt in other.prompts}
-        train = [prompt for prompt in training.prompts if prompt.prompt_id not in held]
-        if overlap := len(training.prompts) - len(train):
-            notes.append(f"{overlap} training prompts are also held out; taken from training")
+        train = list(training.prompts)
+        trained = {prompt.prompt_id for prompt in train}
+        held = {prompt.prompt_id: prompt for prompt in other.prompts if prompt.prompt_id not in trained}
+        if not held:
+            raise ConfigError(
+                "No held-out prompt is left.",
+                where=other.source,
+                why=f"all {len(other.prompts)} are training prompts, too",
+                hint="give other held-out prompts, or set prompts.heldout_file to null to hold out a share",
+            )
+        if overlap := len(other.prompts) - len(held):
+            notes.append(f"{overlap} held-out prompts are also training prompts; they are not evaluated")
     else:
         apart = [prompt for prompt in training.prompts if _is_held_out(prompt, settings.heldout_share)]
         held = {prompt.prompt_id: replace(prompt, split="heldout") for prompt in apart}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -122,6 +123,8 @@ def test_a_line_with_unknown_words_is_rejected_and_they_are_named(tmp_path: Path
     assert texts(found) == ["a Red circle, a circle"]
     assert found.rejections[0].reason == "unknown words: dragon, purple"
     assert found.rejections[0].line == 2
+    assert "  known words: a, circle, on, red" in found.notes()
+    assert not any("known words" in note for note in read(tmp_path, "q.txt", "a red circle\n", words).notes())
 
 
 def test_only_unknown_words_is_an_error_with_lines_and_the_known_words(tmp_path: Path, words: PromptSettings) -> None:
@@ -172,19 +175,30 @@ def test_no_share_holds_nothing_out(tmp_path: Path) -> None:
     assert (len(found.train), len(found.heldout)) == (2, 0)
 
 
-def test_overlap_is_taken_from_training_and_said(tmp_path: Path) -> None:
+def test_overlap_is_trained_on_and_not_evaluated(tmp_path: Path) -> None:
     train = write_lines(tmp_path / "train.txt", ["a", "b", "c"])
     held = write_lines(tmp_path / "held.txt", ["b", "d"])
     found = load_prompts(PromptSettings(file=train, heldout_file=held))
-    assert [p.text for p in found.train] == ["a", "c"]
-    assert [(p.text, p.split) for p in found.heldout] == [("b", "heldout"), ("d", "heldout")]
-    assert any("1 training prompts are also held out" in note for note in found.notes)
+    assert [p.text for p in found.train] == ["a", "b", "c"]
+    assert [(p.text, p.split) for p in found.heldout] == [("d", "heldout")]
+    assert any("1 held-out prompts are also training prompts" in note for note in found.notes)
 
 
-def test_all_held_out_is_an_error(tmp_path: Path) -> None:
+def test_all_overlapping_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.txt", ["x"])
-    with pytest.raises(ConfigError, match="No training prompt"):
+    with pytest.raises(ConfigError, match="No held-out prompt"):
         load_prompts(PromptSettings(file=path, heldout_file=path))
+
+
+def test_all_held_out_by_share_is_an_error(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.txt", [text for text in map(str, range(50)) if _held_out(text)][:1])
+    with pytest.raises(ConfigError, match="No training prompt"):
+        load_prompts(PromptSettings(file=path, heldout_file=None, heldout_share=0.9))
+
+
+def _held_out(text: str) -> bool:
+    digest = hashlib.sha256(b"heldout\0" + text.encode()).digest()
+    return int.from_bytes(digest[:6], "big") < 0.9 * 2**48
 
 
 def test_the_limit_is_on_training_prompts(tmp_path: Path) -> None:
