@@ -133,6 +133,8 @@ def build(
     log: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     log |= {"seed": seed, "steps": dict(steps)}
     if "model" in parts:
+        log["torch"] = torch.__version__
+        log["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
         build_model(assets, work, seed=seed, device=device, steps=steps, progress=progress)
     model = load_sdxl(assets / "sdxl", device=device, dtype=torch.float32)
     if "judges" in parts:
