@@ -27,7 +27,7 @@ def summary_lines(summary: RunSummary, only: str | None = None) -> list[str]:
     """
     parts = {only} if only else set(_PARTS)
     lines: list[str] = []
-    if "filter" in parts and summary.wanted:
+    if "filter" in parts and any(row.name == "filter" for row in summary.stages):
         lines += _samples(summary)
     if "evaluate" in parts and summary.evaluation:
         lines += evaluation_lines(summary.evaluation)
