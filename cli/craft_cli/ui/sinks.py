@@ -49,6 +49,7 @@ class Plain:
         self._stream, self._every_s, self._clock = stream, every_s, clock
         self._stage, self._where = "", ""
         self._told: set[str] = set()
+        self._told_of = (0, -1)
         self._last = clock()
 
     def _say(self, text: str) -> None:
@@ -72,11 +73,12 @@ class Plain:
 
     def _ended(self, meter: Meter) -> None:
         # A long task deserves its closing figures; a hundred short ones would only be noise.
-        if meter.elapsed_s >= self._every_s:
+        if meter.elapsed_s >= self._every_s and self._told_of != (id(meter), meter.done):
             self._tell(meter)
 
     def _tell(self, meter: Meter) -> None:
         self._last = self._clock()
+        self._told_of = (id(meter), meter.done)
         memory = memory_text()
         self._say(f"{self._where}: {meter.line(self._stage)}" + (f", memory {memory}" if memory else ""))
 
