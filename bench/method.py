@@ -20,6 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Fields of every benchmark row (docs/design.md section 7); those of kernels do not apply here.
+BLANK = dict.fromkeys(
+    ("impl", "case", "p20_ms", "p50_ms", "p80_ms", "gbps", "copy_fraction", "peak_gib", "versus", "triton"), None
+) | {"dtype": "float32", "mode": "run"}
 METRICS = ("oracle", "oracle_alignment", "oracle_clean", "image_reward", "h", "p", "a")
 
 # The defaults were chosen on ``tune``, with a seed that the controls do not use (docs/lab-book.md).
@@ -174,7 +178,12 @@ def keep(out: Path, row: dict[str, Any]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    row |= {"device": device_name(), "torch": torch.__version__, "commit": commit, "date": str(datetime.date.today())}
+    row |= BLANK | {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": str(datetime.date.today()),
+    }
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
