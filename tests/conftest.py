@@ -31,6 +31,17 @@ import pytest  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     if _IMPORTED_EARLY:
         raise pytest.UsageError(f"{', '.join(_IMPORTED_EARLY)} came before tests/conftest.py set OMP_* and HF_*")
+    if config.getoption("markexpr") == "not gpu":
+        # Read where a kernel is defined: without a GPU, Triton's interpreter runs the kernels, on the CPU.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch finds none here")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from craft_kernels.noise_and_target import noise_and_target
-from craft_kernels.weighted_noise_loss import weighted_noise_loss
 
 
 def arguments(shape: tuple[int, ...] = (3, 4, 5, 7), dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -18,94 +17,6 @@ def arguments(shape: tuple[int, ...] = (3, 4, 5, 7), dtype: torch.dtype = torch.
     pred, target = (torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for _ in range(2))
     weight = torch.randn(shape[0], generator=draw, dtype=torch.float64).to(torch.float32)
     return [pred, target, weight]
-
-
-def test_loss_by_hand() -> None:
-    pred = torch.tensor([[[[1.0, 3.0]]], [[[0.0, 2.0]]]])
-    target = torch.tensor([[[[0.0, 1.0]]], [[[1.0, 2.0]]]])
-    loss, per_sample = weighted_noise_loss(pred, target, torch.tensor([2.0, -1.0]))
-    assert per_sample.tolist() == [2.5, 0.5]
-    assert float(loss) == (2 * 2.5 - 0.5) / 2
-
-
-def test_timestep_weight_scales_the_loss_and_not_the_errors() -> None:
-    pred, target, weight = arguments()
-    table, t = torch.tensor([1.0, 0.25, 3.0, 9.0]), torch.tensor([2, 0, 1])
-    loss, errors = weighted_noise_loss(pred, target, weight, timesteps=t, timestep_weight=table)
-    expected = (weight.double() * table.double()[t] * errors).sum() / 3
-    assert torch.allclose(loss, expected)
-    assert torch.equal(errors, weighted_noise_loss(pred, target, weight)[1])
-
-
-def test_parts_with_the_whole_as_divisor_add_up() -> None:
-    pred, target, weight = arguments((8, 4, 3, 3))
-    whole, _ = weighted_noise_loss(pred, target, weight)
-    parts = [
-        weighted_noise_loss(pred[i : i + 3], target[i : i + 3], weight[i : i + 3], divisor=8)[0] for i in (0, 3, 6)
-    ]
-    assert torch.allclose(sum(parts), whole, rtol=1e-12)
-
-
-def test_gradient() -> None:
-    pred, target, weight = arguments((2, 2, 3, 3))
-    pred.requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: weighted_noise_loss(p, target, weight)[0], (pred,))
-    loss, errors = weighted_noise_loss(pred, target, weight)
-    loss.backward()
-    by_hand = 2 * weight.double().view(-1, 1, 1, 1) * (pred - target) / (2 * 18)
-    assert torch.allclose(pred.grad, by_hand.detach())
-    assert not errors.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sums_are_kept_in_float32(dtype: torch.dtype) -> None:
-    pred, target, weight = arguments((2, 4, 64, 64), dtype)
-    loss, errors = weighted_noise_loss(pred, target, weight)
-    assert loss.dtype == errors.dtype == torch.float32
-    exact = (pred.double() - target.double()).square().flatten(1).mean(1)
-    assert torch.allclose(errors.double(), exact, rtol=1e-6)
-
-
-def test_a_nan_sample_leaves_its_neighbours_alone() -> None:
-    pred, target, weight = arguments()
-    clean = weighted_noise_loss(pred, target, weight)[1]
-    pred[1, 0, 0, 0] = float("nan")
-    loss, errors = weighted_noise_loss(pred, target, weight)
-    assert errors.isnan().tolist() == [False, True, False]
-    assert torch.equal(errors[[0, 2]], clean[[0, 2]])
-    assert loss.isnan()
-
-
-def test_layouts_and_the_empty_batch() -> None:
-    pred, target, weight = arguments()
-    expected, _ = weighted_noise_loss(pred, target, weight)
-    wide = torch.empty(3, 4, 5, 14, dtype=torch.float64)
-    wide[..., ::2] = pred
-    for other in (pred.contiguous(memory_format=torch.channels_last), wide[..., ::2]):
-        assert torch.allclose(weighted_noise_loss(other, target, weight)[0], expected, rtol=1e-12)
-    loss, errors = weighted_noise_loss(pred[:0], target[:0], weight[:0])
-    assert float(loss) == 0.0
-    assert errors.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"noise_pred": torch.zeros(3, 4)}, r"noise_pred .*\(3, 4\)"),
-        ({"target": torch.zeros(3, 4, 5, 6)}, r"target .*\(3, 4, 5, 7\).*\(3, 4, 5, 6\)"),
-        ({"weight": torch.zeros(2)}, r"weight .*\[3\].*\(2,\)"),
-        ({"weight": torch.zeros(3, dtype=torch.int64)}, r"weight .*int64"),
-        ({"timesteps": torch.zeros(3, dtype=torch.int64)}, "go together"),
-        ({"timesteps": torch.zeros(3), "timestep_weight": torch.ones(9)}, r"timesteps must be int64"),
-        ({"timesteps": torch.zeros(3, dtype=torch.int64), "timestep_weight": torch.ones(9, 1)}, "timestep_weight"),
-        ({"divisor": 0}, "divisor must be at least 1, got 0"),
-        ({"target": torch.zeros(3, 4, 5, 7, device="meta")}, "target must be on cpu like noise_pred, got meta"),
-    ],
-)
-def test_loss_refuses_bad_arguments(change: dict[str, Any], message: str) -> None:
-    pred, target, weight = arguments()
-    with pytest.raises(ValueError, match=message):
-        weighted_noise_loss(**{"noise_pred": pred, "target": target, "weight": weight, **change})
 
 
 def test_noise_and_target_by_hand() -> None:

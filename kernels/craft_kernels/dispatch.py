@@ -1,0 +1,63 @@
+"""Which form of an op runs: Triton, ``torch.compile`` of the naive form, or the naive form itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+Impl = Literal["auto", "triton", "compile", "torch"]
+Form = Literal["triton", "compile", "torch"]
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+FORCE = "CRAFT_KERNELS_IMPL"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_compiled: dict[Callable[..., object], Callable[..., object]] = {}
+
+
+def choose(impl: str, tensor: Tensor, *, auto: Form = "triton") -> Form:
+    """The form that a call takes.
+
+    The environment variable ``CRAFT_KERNELS_IMPL`` comes before ``impl``, whatever that is. ``impl="auto"`` means
+    ``auto`` for a tensor on a CUDA device where Triton is installed, else ``torch``.
+
+    Args:
+        impl: ``auto``, ``triton``, ``compile`` or ``torch``.
+        tensor: decides the device.
+        auto: what an op's author measured to be best on a GPU.
+
+    Returns:
+        ``triton``, ``compile`` or ``torch``.
+
+    Raises:
+        ValueError: another name, or ``triton`` where it cannot run.
+    """
+    forced = os.environ.get(FORCE)
+    wanted, named = (forced, FORCE) if forced else (impl, "impl")
+    if wanted not in get_args(Impl):
+        raise ValueError(f"{named} must be one of {', '.join(get_args(Impl))}, got {wanted!r}")
+    if wanted == "auto":
+        return auto if tensor.is_cuda and HAS_TRITON else "torch"
+    if wanted == "triton" and not _triton_runs_on(tensor):
+        why = f"a tensor on {tensor.device}" if HAS_TRITON else "triton is not installed"
+        raise ValueError(f"{named}='triton' needs triton and a CUDA tensor (or TRITON_INTERPRET=1 on a CPU), got {why}")
+    return wanted  # type: ignore[return-value]
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.compile`` of ``function``, made at its first use and kept."""
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function)
+    return _compiled[function]  # type: ignore[return-value]
+
+
+def _triton_runs_on(tensor: Tensor) -> bool:
+    if not HAS_TRITON:
+        return False
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
