@@ -21,19 +21,23 @@ from craft_fast.rng import derive_seed, generator, permutation
 
 @dataclass(frozen=True)
 class Batch:
-    """The draws of one step, on the CPU.
+    """The draws of one step, on the CPU. Noise is not among them: it is a function of what names it.
 
     Attributes:
         rows: int64 [B], which samples of the set.
         timesteps: int64 [B], in [0, T).
-        noise: float32 [B, C, h, w], standard normal.
         dropped: bool [B], trained with the empty prompt.
+        noise_ids: int64 [B], the samples' numbers for ``craft_kernels.noise_and_target``.
+        noise_seed: its seed.
+        step: optimizer steps done before.
     """
 
     rows: Tensor
     timesteps: Tensor
-    noise: Tensor
     dropped: Tensor
+    noise_ids: Tensor
+    noise_seed: int
+    step: int
 
 
 def sample_rows(n: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:
@@ -64,7 +68,6 @@ def _epoch_order(n: int, seed: int) -> list[int]:
 
 def draw_batch(
     sample_ids: Sequence[str],
-    shape: Sequence[int],
     *,
     seed: int,
     step: int,
@@ -78,7 +81,6 @@ def draw_batch(
 
     Args:
         sample_ids: ids of the N samples of the set.
-        shape: [C, h, w] of one sample's latents.
         seed: root seed.
         step: optimizer steps done before.
         timesteps: T; drawn uniformly from [0, T).
@@ -86,18 +88,19 @@ def draw_batch(
         prompt_dropout: chance of the empty prompt.
     """
     rows = sample_rows(len(sample_ids), batch_size, seed=seed, step=step)
-    drawn_t, drawn_noise, dropped = [], [], []
+    drawn_t, dropped = [], []
     for row, repeat in rows:
         parts = (sample_ids[row], step, repeat) if repeat else (sample_ids[row], step)
         draw = generator(derive_seed(seed, "train", *parts))
         dropped.append(float(torch.rand((), generator=draw)) < prompt_dropout)
         drawn_t.append(int(torch.randint(timesteps, (), generator=draw)))
-        drawn_noise.append(torch.randn(tuple(shape), generator=draw))
     return Batch(
         rows=torch.tensor([row for row, _ in rows]),
         timesteps=torch.tensor(drawn_t),
-        noise=torch.stack(drawn_noise),
         dropped=torch.tensor(dropped),
+        noise_ids=torch.tensor([derive_seed(0, "noise", sample_ids[row], repeat) for row, repeat in rows]),
+        noise_seed=derive_seed(seed, "train", "noise"),
+        step=step,
     )
 
 

@@ -20,7 +20,7 @@ VERSIONS = {
     "score": 1,
     "filter": 1,
     "cache": 1,
-    "train": 1,
+    "train": 2,  # 2: noise by counter
     "export": 1,
     "evaluate": 1,
     "report": 1,

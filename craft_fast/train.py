@@ -133,8 +133,8 @@ def train(
         task.advance(state.step)
         while state.step < settings.steps and not should_stop():
             batch = draw_batch(
-                cached.sample_ids, cached.latents.shape[1:], seed=seed, step=state.step, timesteps=objective.timesteps,
-                batch_size=global_batch, prompt_dropout=settings.prompt_dropout,
+                cached.sample_ids, seed=seed, step=state.step, timesteps=objective.timesteps, batch_size=global_batch,
+                prompt_dropout=settings.prompt_dropout,
             )  # fmt: skip
             loss, grad_norm = _optimizer_step(objective, batch, parameters, optimizer, state, settings, run, progress)
             state.step += 1
@@ -251,8 +251,8 @@ class _Objective:
         """Add the gradient of ``part`` (positions in the batch) and return its share of the loss and its errors."""
         rows, timesteps = batch.rows[part], batch.timesteps[part].to(self.device)
         noised, target = noise_and_target(
-            self.cached.latents[rows].to(self.device), batch.noise[part].to(self.device),
-            self.alphas_cumprod, timesteps, prediction_type=self.prediction_type,
+            self.cached.latents[rows].to(self.device), batch.noise_ids[part].to(self.device), self.alphas_cumprod,
+            timesteps, seed=batch.noise_seed, step=batch.step, prediction_type=self.prediction_type,
         )  # fmt: skip
         text = torch.where(batch.dropped[part], self.cached.empty_index, self.cached.prompt_index[rows])
         conditions = {

@@ -12,6 +12,7 @@ import torch
 from craft_fast.losses import draw_batch
 from craft_fast.sdxl.schedule import alphas_cumprod
 from craft_fast.sdxl.unet import pristine_unet
+from craft_kernels.noise_and_target import counter_noise
 
 GAMMA = 0.5
 
@@ -21,13 +22,14 @@ def loss_by_hand(run: Any, cached: Any, *, batch_size: int, gamma: float | None)
     model = run.model
     schedule = alphas_cumprod(model).double()
     batch = draw_batch(
-        cached.sample_ids, (4, 8, 8), seed=run.seed, step=0, timesteps=1000, batch_size=batch_size, prompt_dropout=0.5
+        cached.sample_ids, seed=run.seed, step=0, timesteps=1000, batch_size=batch_size, prompt_dropout=0.5
     )
+    noises = counter_noise(batch.noise_ids, (4, 8, 8), seed=batch.noise_seed, step=0)
     assert batch.dropped.any()
     assert not batch.dropped.all()
     total = 0.0
     for i, row in enumerate(batch.rows.tolist()):
-        t, noise, x_0 = int(batch.timesteps[i]), batch.noise[i].double(), cached.latents[row].double()
+        t, noise, x_0 = int(batch.timesteps[i]), noises[i].double(), cached.latents[row].double()
         a_t = float(schedule[t])
         snr = a_t / (1 - a_t)
         x_t = math.sqrt(a_t) * x_0 + math.sqrt(1 - a_t) * noise
@@ -100,13 +102,24 @@ def test_full_prompt_dropout_reads_only_the_empty_prompt(trainer: Any, cached: A
 
 def test_draws_do_not_depend_on_the_other_samples(cached: Any) -> None:
     common: dict[str, Any] = {"seed": 4, "step": 2, "timesteps": 1000, "prompt_dropout": 0.5}
-    whole = draw_batch(cached.sample_ids, (4, 2, 2), batch_size=6, **common)
-    part = draw_batch(cached.sample_ids[:4], (4, 2, 2), batch_size=4, **common)
+    whole = draw_batch(cached.sample_ids, batch_size=6, **common)
+    part = draw_batch(cached.sample_ids[:4], batch_size=4, **common)
     for i, row in enumerate(part.rows.tolist()):
         j = whole.rows.tolist().index(row)
-        assert torch.equal(part.noise[i], whole.noise[j])
+        assert part.noise_ids[i] == whole.noise_ids[j]
         assert part.timesteps[i] == whole.timesteps[j]
         assert part.dropped[i] == whole.dropped[j]
+
+
+def test_every_draw_of_a_sample_has_its_own_noise(cached: Any) -> None:
+    """Another step, another seed, and a second place in the same step: never the same noise twice."""
+    common: dict[str, Any] = {"timesteps": 1000, "batch_size": 8, "prompt_dropout": 0.0}
+    seen = set()
+    for seed, step in ((4, 0), (4, 1), (5, 0)):
+        batch = draw_batch(cached.sample_ids[:3], seed=seed, step=step, **common)
+        noise = counter_noise(batch.noise_ids, (4, 2, 2), seed=batch.noise_seed, step=batch.step)
+        seen |= {tuple(row.tolist()) for row in noise.flatten(1)}
+    assert len(seen) == 24
 
 
 def test_sampling_does_not_disturb_training(trainer: Any) -> None:

@@ -5,7 +5,8 @@
 The module's ``launches()`` yields (name, function) pairs; the functions call the launchers of ``kernel.py`` on CPU
 tensors. Nothing is launched: each kernel is compiled for the exact arguments (dtypes, alignment, constants) and
 disassembled. One JSON object a line: ``name, kernel, arch, registers, spilled_bytes, shared_bytes, ops`` (how often
-each SASS instruction occurs, with its modifiers).
+each SASS instruction occurs, with its modifiers), ``fused`` (fused multiply-adds that the compiler was handed in PTX;
+SASS has more, inside of roots and divisions).
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def main(path: str) -> None:
             compiled.clear()
             function()
             for kernel, result in compiled:
-                row = {"name": name, "kernel": kernel, "arch": arch, **described(result.asm["cubin"])}
+                row = {"name": name, "kernel": kernel, "arch": arch, "fused": result.asm["ptx"].count("fma."),
+                       **described(result.asm["cubin"])}  # fmt: skip
                 print(json.dumps(row), flush=True)
 
 

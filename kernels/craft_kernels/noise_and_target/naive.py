@@ -1,10 +1,15 @@
-"""Noised latents and the training target in plain PyTorch: the truth that every faster form is held against.
+"""Counter-based noise, noised latents and the training target in plain PyTorch: the truth of this op, to the bit.
 
-Shapes: B samples, C channels, H x W latent height and width, T training timesteps.
+Every floating-point step is one that IEEE 754 rounds in one way only (add, multiply, a square root, a conversion), and
+every step is rounded by itself. So the CPU, the GPU and Triton agree to the bit, which library functions for log, sin
+and cos would not (CUDA programming guide, "Mathematical Functions": 1 to 2 ulp).
+
+Shapes: B samples, C channels, H x W latent height and width, N = C H W elements of a sample, T training timesteps.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -12,59 +17,117 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
+_MASK = 0xFFFFFFFF
+# Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+
+# Minimax fits, each with the error of float32's own rounding or less: ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
+# (1.9e-7), sin(t) / t (4e-9) and cos(t) (3e-8) on [-pi/4, pi/4], in t^2. The first coefficient is 1 in each.
+LOG = (-0.50000288, 0.33335091, -0.24973386, 0.19893996, -0.17201559, 0.16278991, -0.1034799)
+SIN = (-0.16666655, 0.00833218, -0.00019517)
+COS = (-0.49999895, 0.04165629, -0.00135978)
+MINUS_TWO_LN2 = -2 * math.log(2)
+RADIANS = math.pi / 2**31
+SQRT_HALF_BITS = 0x3F3504F3  # the bits of float32(sqrt(1/2))
+
 
 def noise_and_target(
     latents: Tensor,
-    noise: Tensor,
+    sample_ids: Tensor,
     alphas_cumprod: Tensor,
     timesteps: Tensor,
-    *,
+    seed: int,
+    step: int | Tensor,
     prediction_type: PredictionType = "epsilon",
 ) -> tuple[Tensor, Tensor]:
-    """The forward process (arXiv 2006.11239 eq. 4) and what the model shall predict.
+    """Noised latents and target; see ``craft_kernels.noise_and_target.noise_and_target``.
 
-    ``x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise``; the target is ``noise``, or for v-prediction (arXiv 2202.00512)
-    ``v = sqrt(a_t) noise - sqrt(1 - a_t) x_0``. ``a_t`` is ``alphas_cumprod[t]``; roots are taken in its dtype.
+    Arguments are not checked here.
+    """
+    dtype = torch.float64 if latents.dtype == torch.float64 else torch.float32
+    noise = counter_noise(sample_ids, latents.shape[1:], seed=seed, step=step).to(dtype)
+    signal, sigma = roots(alphas_cumprod, timesteps, dtype)
+    x_0 = latents.to(dtype)
+    noised = signal * x_0 + sigma * noise
+    target = noise if prediction_type == "epsilon" else signal * noise - sigma * x_0
+    return noised.to(latents.dtype), target.to(latents.dtype)
+
+
+def roots(alphas_cumprod: Tensor, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``sqrt(a_t)`` and ``sqrt(1 - a_t)``, float32 values in ``dtype``, each [B, 1, 1, 1]."""
+    a_t = alphas_cumprod.float()[timesteps].view(-1, 1, 1, 1)
+    return _sqrt(a_t).to(dtype), _sqrt(1 - a_t).to(dtype)
+
+
+def counter_noise(sample_ids: Tensor, shape: tuple[int, ...] | torch.Size, *, seed: int, step: int | Tensor) -> Tensor:
+    """Standard normal noise as a function: the same (seed, sample id, step) gives the same bits on every device.
+
+    Element ``4 g + k`` of a sample is the k-th of four Box-Muller normals from the Philox4x32-10 block of counter
+    ``(g, step, id, id >> 32)`` under key ``(seed, seed >> 32)``. The largest value possible is 6.8.
 
     Args:
-        latents: x_0 [B, C, H, W], floating point.
-        noise: standard normal, shape and dtype of ``latents``.
-        alphas_cumprod: [T], in (0, 1]; 0 is allowed (zero terminal SNR).
-        timesteps: [B] int64 in [0, T).
-        prediction_type: ``epsilon`` or ``v_prediction``.
+        sample_ids: int64 [B], any values.
+        shape: of one sample; below 2^34 elements.
+        seed: in [0, 2^63).
+        step: in [0, 2^32), or that in an int64 tensor [].
 
     Returns:
-        x_t and the target, each [B, C, H, W] in the dtype of ``latents``.
-
-    Raises:
-        ValueError: an argument's shape, dtype, device or value does not fit; the message names it.
+        float32 [B, *shape] on the device of ``sample_ids``.
     """
-    _check(latents, noise, alphas_cumprod, timesteps, prediction_type)
-    a_t = alphas_cumprod[timesteps]
-    signal = a_t.sqrt().to(latents.dtype).view(-1, 1, 1, 1)
-    sigma = (1 - a_t).sqrt().to(latents.dtype).view(-1, 1, 1, 1)
-    noised = signal * latents + sigma * noise
-    target = noise if prediction_type == "epsilon" else signal * noise - sigma * latents
-    return noised, target
+    size = math.prod(shape)
+    groups = torch.arange((size + 3) // 4, device=sample_ids.device).expand(len(sample_ids), -1)
+    ids = sample_ids.view(-1, 1).expand_as(groups)
+    steps = torch.zeros_like(groups) + step
+    words = _philox((groups & _MASK, steps & _MASK, ids & _MASK, (ids >> 32) & _MASK), seed)
+    normals = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
+    return normals.flatten(1)[:, :size].reshape(len(sample_ids), *shape)
 
 
-def _check(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str) -> None:
-    if latents.ndim != 4 or not latents.is_floating_point():
-        raise ValueError(f"latents must be floating point [B, C, H, W], got {latents.dtype} {tuple(latents.shape)}")
-    if noise.shape != latents.shape or noise.dtype != latents.dtype:
-        raise ValueError(
-            f"noise must be {latents.dtype} {tuple(latents.shape)} like latents, got {noise.dtype} {tuple(noise.shape)}"
-        )
-    if alphas_cumprod.ndim != 1 or not alphas_cumprod.is_floating_point():
-        raise ValueError(
-            f"alphas_cumprod must be floating point [T], got {alphas_cumprod.dtype} {tuple(alphas_cumprod.shape)}"
-        )
-    if timesteps.shape != (latents.shape[0],) or timesteps.dtype != torch.int64:
-        raise ValueError(
-            f"timesteps must be int64 [{latents.shape[0]}], got {timesteps.dtype} {tuple(timesteps.shape)}"
-        )
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction_type must be epsilon or v_prediction, got {prediction_type!r}")
-    for name, tensor in {"noise": noise, "alphas_cumprod": alphas_cumprod, "timesteps": timesteps}.items():
-        if tensor.device != latents.device:
-            raise ValueError(f"{name} must be on {latents.device} like latents, got {tensor.device}")
+def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words in [0, 2^32) for each counter, all int64."""
+    c0, c1, c2, c3 = counter
+    for i in range(ROUNDS):
+        k0, k1 = (seed + i * _KEY_A) & _MASK, ((seed >> 32) + i * _KEY_B) & _MASK
+        # Products wrap modulo 2^64, and the masks take off what the arithmetic shift smears.
+        p0, p1 = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+    return c0, c1, c2, c3
+
+
+def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals from two words: radius ``sqrt(-2 ln u)`` at a uniform angle."""
+    u = first.to(torch.float32) * 2.0**-32 + 2.0**-33
+    bits = u.view(torch.int32)
+    exponent = (bits - SQRT_HALF_BITS) >> 23
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    radius = _sqrt(exponent.to(torch.float32) * MINUS_TWO_LN2 + (f * -2.0) * _polynomial(LOG, f))
+
+    # The nearest quarter turn, and the rest as a signed 30-bit angle.
+    quarter = ((second + 0x20000000) >> 30) & 3
+    rest = (second - (quarter << 30)) & _MASK
+    t = torch.where(rest >= 2**31, rest - 2**32, rest).to(torch.float32) * RADIANS
+    square = t * t
+    sine, cosine = t * _polynomial(SIN, square), _polynomial(COS, square)
+    odd = (quarter & 1) == 1
+    x, y = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+    x = torch.where(((quarter + 1) & 2) == 2, -x, x)
+    y = torch.where((quarter & 2) == 2, -y, y)
+    return radius * x, radius * y
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """``1 + c_1 x + c_2 x^2 + ...`` by Horner's rule, a multiplication and an addition a term."""
+    value = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + coefficient
+    return value * x + 1.0
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded float32 root: float64's is, after rounding, whatever its last bit (53 >= 2 * 24 + 2 bits).
+
+    ``torch.sqrt`` of float32 on a CPU was measured one bit off for some values.
+    """
+    return x.to(torch.float64).sqrt().to(torch.float32)
