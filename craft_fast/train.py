@@ -31,6 +31,7 @@ from craft_fast.sdxl.schedule import alphas_cumprod
 from craft_fast.sdxl.text import add_time_ids
 from craft_fast.sdxl.unet import pristine_unet
 from craft_fast.store.run import Run, read_log
+from craft_kernels.dispatch import choose
 from craft_kernels.noise_and_target import noise_and_target
 from craft_kernels.weighted_noise_loss import weighted_noise_loss
 
@@ -318,8 +319,13 @@ def _restore(
 def _environment(model: SdxlModel) -> dict[str, str]:
     """What bit-identity depends on besides the settings."""
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "peft", "diffusers")}
-    return {"device": device, "threads": str(torch.get_num_threads()), **versions}
+    names = ["torch", "bitsandbytes", "peft", "diffusers"]
+    # The form that craft_kernels' ops take, and what compiles them: their last bits depend on both.
+    kernels = choose("auto", torch.empty(0, device=model.device))
+    if kernels == "triton":
+        names.append("triton")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"device": device, "threads": str(torch.get_num_threads()), "kernels": kernels, **versions}
 
 
 def _to_cpu(parameters: dict[str, Any]) -> dict[str, Tensor]:

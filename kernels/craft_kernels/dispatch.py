@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar, get_args
 
@@ -19,13 +20,14 @@ FORCE = "CRAFT_KERNELS_IMPL"
 P = ParamSpec("P")
 R = TypeVar("R")
 _compiled: dict[Callable[..., object], Callable[..., object]] = {}
+_works: dict[torch.device, bool] = {}
 
 
 def choose(impl: str, tensor: Tensor, *, auto: Form = "triton") -> Form:
     """The form that a call takes.
 
     The environment variable ``CRAFT_KERNELS_IMPL`` comes before ``impl``, whatever that is. ``impl="auto"`` means
-    ``auto`` for a tensor on a CUDA device where Triton is installed, else ``torch``.
+    ``auto`` for a tensor on a CUDA device where Triton works, else ``torch``.
 
     Args:
         impl: ``auto``, ``triton``, ``compile`` or ``torch``.
@@ -43,11 +45,39 @@ def choose(impl: str, tensor: Tensor, *, auto: Form = "triton") -> Form:
     if wanted not in get_args(Impl):
         raise ValueError(f"{named} must be one of {', '.join(get_args(Impl))}, got {wanted!r}")
     if wanted == "auto":
-        return auto if tensor.is_cuda and HAS_TRITON else "torch"
+        return auto if tensor.is_cuda and (auto != "triton" or triton_works(tensor.device)) else "torch"
     if wanted == "triton" and not _triton_runs_on(tensor):
         why = f"a tensor on {tensor.device}" if HAS_TRITON else "triton is not installed"
         raise ValueError(f"{named}='triton' needs triton and a CUDA tensor (or TRITON_INTERPRET=1 on a CPU), got {why}")
     return wanted  # type: ignore[return-value]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles and runs a kernel on ``device``; tried once, a failure warned of once.
+
+    It needs a C compiler and a GPU of compute capability 7.0 or later; where it fails, training is slower, not over.
+    """
+    if device not in _works:
+        _works[device] = _try_triton(device)
+    return _works[device]
+
+
+def _try_triton(device: torch.device) -> bool:
+    if not HAS_TRITON:
+        return False
+    try:
+        from craft_kernels.probe import add_one
+
+        add_one(device)
+    # Whatever it is (a missing compiler, a driver, an assertion inside of Triton), the other form of an op still works.
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"Triton does not work on {device}, so plain PyTorch is used: {why}", RuntimeWarning, stacklevel=3
+        )
+        return False
+    return True
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -199,7 +199,7 @@ def test_repeats_are_equal_to_the_bit(where: Where) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["triton", "compile"])
+@pytest.mark.parametrize("form", ["triton", "compile", "auto"])
 def test_torch_compile_sees_one_graph(form: str, device: torch.device) -> None:
     torch._dynamo.reset()
     given = arguments(device=device)

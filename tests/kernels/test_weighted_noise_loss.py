@@ -214,7 +214,7 @@ def test_without_gradients_no_error_is_kept(device: torch.device) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at every input's .grad
-@pytest.mark.parametrize("form", ["triton", "compile"])
+@pytest.mark.parametrize("form", ["triton", "compile", "auto"])
 def test_torch_compile_sees_one_graph(form: str, device: torch.device) -> None:
     torch._dynamo.reset()
     given = arguments(dtype=torch.float32, device=device)
