@@ -52,13 +52,14 @@ def choose(impl: str, tensor: Tensor, *, auto: Form = "triton") -> Form:
     return wanted  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_works(device: torch.device) -> bool:
     """Whether Triton is installed and compiles and runs a kernel on ``device``; tried once, a failure warned of once.
 
     It needs a C compiler and a GPU of compute capability 7.0 or later; where it fails, training is slower, not over.
     """
     if device not in _works:
+        if torch.compiler.is_compiling():  # a compiler looks on, so no kernel can be tried now
+            return HAS_TRITON
         _works[device] = _try_triton(device)
     return _works[device]
 

@@ -19,13 +19,13 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 _MASK = 0xFFFFFFFF
 # Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as 1, 2, 3").
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
+KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 ROUNDS = 10
 
-# Minimax fits, each with the error of float32's own rounding or less: ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
-# (1.9e-7), sin(t) / t (4e-9) and cos(t) (3e-8) on [-pi/4, pi/4], in t^2. The first coefficient is 1 in each.
-LOG = (-0.50000288, 0.33335091, -0.24973386, 0.19893996, -0.17201559, 0.16278991, -0.1034799)
+# Minimax fits, with the errors of float32's own rounding or less: -2 ln(1 + f) / f on [sqrt(1/2) - 1, sqrt(2) - 1]
+# (4e-7), sin(t) / t (4e-9) and cos(t) (3e-8) on [-pi/4, pi/4], in t^2. Before them come -2, 1 and 1.
+LOG = (1.00000576, -0.66670182, 0.49946772, -0.39787992, 0.34403118, -0.32557982, 0.2069598)
 SIN = (-0.16666655, 0.00833218, -0.00019517)
 COS = (-0.49999895, 0.04165629, -0.00135978)
 MINUS_TWO_LN2 = -2 * math.log(2)
@@ -89,9 +89,9 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[
     """Four random words in [0, 2^32) for each counter, all int64."""
     c0, c1, c2, c3 = counter
     for i in range(ROUNDS):
-        k0, k1 = (seed + i * _KEY_A) & _MASK, ((seed >> 32) + i * _KEY_B) & _MASK
+        k0, k1 = (seed + i * KEY_A) & _MASK, ((seed >> 32) + i * KEY_B) & _MASK
         # Products wrap modulo 2^64, and the masks take off what the arithmetic shift smears.
-        p0, p1 = c0 * _ROUND_A, c2 * _ROUND_B
+        p0, p1 = c0 * ROUND_A, c2 * ROUND_B
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
     return c0, c1, c2, c3
 
@@ -102,14 +102,14 @@ def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     bits = u.view(torch.int32)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    radius = _sqrt(exponent.to(torch.float32) * MINUS_TWO_LN2 + (f * -2.0) * _polynomial(LOG, f))
+    radius = _sqrt(exponent.to(torch.float32) * MINUS_TWO_LN2 + f * _polynomial(-2.0, LOG, f))
 
     # The nearest quarter turn, and the rest as a signed 30-bit angle.
     quarter = ((second + 0x20000000) >> 30) & 3
     rest = (second - (quarter << 30)) & _MASK
     t = torch.where(rest >= 2**31, rest - 2**32, rest).to(torch.float32) * RADIANS
     square = t * t
-    sine, cosine = t * _polynomial(SIN, square), _polynomial(COS, square)
+    sine, cosine = t * _polynomial(1.0, SIN, square), _polynomial(1.0, COS, square)
     odd = (quarter & 1) == 1
     x, y = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
     x = torch.where(((quarter + 1) & 2) == 2, -x, x)
@@ -117,12 +117,12 @@ def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return radius * x, radius * y
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """``1 + c_1 x + c_2 x^2 + ...`` by Horner's rule, a multiplication and an addition a term."""
-    value = torch.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
+def _polynomial(first: float, others: tuple[float, ...], x: Tensor) -> Tensor:
+    """``first + c_1 x + c_2 x^2 + ...`` by Horner's rule, a multiplication and an addition a term."""
+    value = torch.full_like(x, others[-1])
+    for coefficient in (*reversed(others[:-1]), first):
         value = value * x + coefficient
-    return value * x + 1.0
+    return value
 
 
 def _sqrt(x: Tensor) -> Tensor:
