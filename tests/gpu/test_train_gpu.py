@@ -79,6 +79,15 @@ def test_losses_are_near_those_of_the_cpu(trained: Train, method: str, dtype: st
     assert all(bool(value.isfinite().all()) for value in found.adapter.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_kernels_train_like_plain_torch(trained: Train, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    results = []
+    for form in ("torch", "triton"):
+        monkeypatch.setenv("CRAFT_KERNELS_IMPL", form)
+        results.append(trained(form, dtype=dtype))
+    assert results[1].losses == pytest.approx(results[0].losses, rel=1e-5 if dtype == "float32" else 5e-3)
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_stopped_run_ends_like_an_unbroken_one(trained: Train, method: str) -> None:
     expected = trained("whole", method=method)

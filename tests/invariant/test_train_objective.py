@@ -62,6 +62,20 @@ def test_first_loss_is_the_equation(trainer: Any, cached: Any, prediction_type: 
     assert result.losses[0] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_kernels_train_like_plain_torch(trainer: Any, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The real loop with the Triton forms, here in Triton's interpreter: the same noise, losses and weights."""
+    pytest.importorskip("triton")
+    options = {"micro_batch_size": 4, "grad_accum_steps": 2, "min_snr_gamma": GAMMA}
+    plain = trainer("plain", dtype=dtype)(**options)
+    monkeypatch.setenv("CRAFT_KERNELS_IMPL", "triton")
+    fused = trainer("fused", dtype=dtype)(**options)
+    assert fused.losses == pytest.approx(plain.losses, rel=1e-5 if dtype == "float32" else 2e-3)
+    moved = [name for name in plain.adapter if name.endswith("lora_B.weight")]
+    agree = [torch.cosine_similarity(fused.adapter[n].flatten(), plain.adapter[n].flatten(), 0) for n in moved]
+    assert min(agree) > 0.99
+
+
 def test_training_learns(trainer: Any, cached: Any) -> None:
     """An untrained UNet predicts about 0, a loss of 1; noise is easy to find in pure noise."""
     result = trainer()(method="full", steps=40, learning_rate=3e-3, prompt_dropout=0.0)
