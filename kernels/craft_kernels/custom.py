@@ -36,7 +36,9 @@ def differentiable(
     op = torch.library.custom_op(f"craft_kernels::{name}", forward, mutates_args=())
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=setup_context)
-    members = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    # A second derivative is an error: taken through a kernel's gradient it would silently be a wrong one.
+    once = torch.autograd.function.once_differentiable(backward)
+    members = {"forward": forward, "setup_context": setup_context, "backward": once}
     direct: Any = type(
         name, (torch.autograd.Function,), {key: staticmethod(function) for key, function in members.items()}
     )

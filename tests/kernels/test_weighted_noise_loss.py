@@ -212,6 +212,14 @@ def test_without_gradients_no_error_is_kept(device: torch.device) -> None:
     assert torch.allclose(found, errors)
 
 
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    given = arguments(dtype=torch.float32, device=device)
+    loss, _ = weighted_noise_loss(**given, impl="triton")
+    (grad,) = torch.autograd.grad(loss * loss, given["noise_pred"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at every input's .grad
 @pytest.mark.parametrize("form", ["triton", "compile", "auto"])
