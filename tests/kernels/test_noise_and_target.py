@@ -199,6 +199,17 @@ def test_repeats_are_equal_to_the_bit(where: Where) -> None:
 
 
 @pytest.mark.slow
+def test_the_compiled_form_draws_the_same_noise(device: torch.device) -> None:
+    """A compiler took a product beyond 2^63 for one that cannot be: wrong noise for some samples of some sizes."""
+    torch._dynamo.reset()
+    ids = torch.tensor([0, 1, 0xEB97E454, 2**31, 2**32 - 1, -1, 2**62 + 12345, -(2**63)], device=device)
+    latents = torch.zeros(8, 4, 16, 16, device=device)
+    given = arguments((8, 1, 1, 1), device=device) | {"latents": latents, "sample_ids": ids}
+    found, expected = (noise_and_target(**given, impl=form)[1] for form in ("compile", "torch"))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["triton", "compile", "auto"])
 def test_torch_compile_sees_one_graph(form: str, device: torch.device) -> None:
     torch._dynamo.reset()

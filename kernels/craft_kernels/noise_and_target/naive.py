@@ -90,10 +90,20 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[
     c0, c1, c2, c3 = counter
     for i in range(ROUNDS):
         k0, k1 = (seed + i * KEY_A) & _MASK, ((seed >> 32) + i * KEY_B) & _MASK
-        # Products wrap modulo 2^64, and the masks take off what the arithmetic shift smears.
-        p0, p1 = c0 * ROUND_A, c2 * ROUND_B
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        (high0, low0), (high1, low1) = _product(c0, ROUND_A), _product(c2, ROUND_B)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
     return c0, c1, c2, c3
+
+
+def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the product of two numbers below 2^32.
+
+    By halves, so that nothing exceeds 2^49: a whole product can pass 2^63, which is undefined in the C++ that
+    ``torch.compile`` makes, and was seen to come out wrong there.
+    """
+    upper = (word >> 16) * factor
+    total = (word & 0xFFFF) * factor + ((upper & 0xFFFF) << 16)
+    return (upper >> 16) + (total >> 32), total & _MASK
 
 
 def _box_muller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
