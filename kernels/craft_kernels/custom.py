@@ -38,10 +38,16 @@ def differentiable(
     op.register_autograd(backward, setup_context=setup_context)
     # A second derivative is an error: taken through a kernel's gradient it would silently be a wrong one.
     once = torch.autograd.function.once_differentiable(backward)
-    members = {"forward": forward, "setup_context": setup_context, "backward": once}
-    direct: Any = type(
-        name, (torch.autograd.Function,), {key: staticmethod(function) for key, function in members.items()}
-    )
+
+    # One forward that also keeps: given a setup_context of its own, Function.apply binds the arguments to the signature
+    # of forward in every call, 31 us for the eleven of lora_linear.
+    def run(ctx: Any, *args: Any) -> Any:
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(run), "backward": staticmethod(once)}
+    direct: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
         return op(*args) if _traced(args) else direct.apply(*args)
