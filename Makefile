@@ -23,11 +23,11 @@ unexport PYTHONPATH PYTHONHOME
 usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell $(call usable,$(p)) && echo $(p))))
 
-.PHONY: help setup demo test lint check gpu bench clean
+.PHONY: help setup demo test lint check gpu bench bench-kernels clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "make lint   ruff; make check: lint, mypy, import rules; make gpu: tests on a CUDA device; make bench; make clean"
+	@echo "make lint   ruff; make check: lint, mypy, import rules; make gpu: tests on a CUDA device; make bench, bench-kernels; make clean"
 
 setup: $(STAMP)
 	@:
@@ -68,6 +68,9 @@ gpu: setup
 
 bench: setup
 	@$(BIN)/python bench/method.py controls
+
+bench-kernels: setup
+	@$(BIN)/craft-fast bench kernels
 
 clean:
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

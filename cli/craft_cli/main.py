@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from craft_cli.commands import (
+    bench,
     cache,
     evaluate,
     expand,
@@ -101,6 +102,13 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 }
 for _name, (_command, _help) in _COMMANDS.items():
     app.command(_name, help=_help)(guard(_command))
+
+_bench = typer.Typer(
+    name="bench", help=bench.HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+_bench.command("kernels", help=bench.KERNELS_HELP)(guard(bench.kernels))
+app.add_typer(_bench)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from craft_fast.errors import ExitCode
 from craft_fast.pipeline import STAGES
 from craft_fast.settings_io import load_settings
 
-COMMANDS = ["run", "init", "status", "verify", *STAGES]
+COMMANDS = ["run", "init", "status", "verify", *STAGES, "bench"]
 
 
 def _help(*args: str) -> str:

@@ -29,6 +29,11 @@ TORCH_FREE = [
     "craft_fast.store.manifest",
     "craft_cli",
     "craft_cli.main",
+    "craft_bench",
+    "craft_bench.gates",
+    "craft_bench.registry",
+    "craft_bench.rows",
+    "craft_bench.verify",
 ]
 HEAVY = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "numpy")
 
@@ -66,12 +71,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_four_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {
         "craft_fast",
         "craft_kernels",
         "craft_cli",
+        "craft_bench",
         f"craft_fast-{craft_fast.__version__}.dist-info",
     }
     assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".orig"))]
@@ -80,6 +86,7 @@ def test_wheel_holds_three_packages_and_nothing_else(wheel: Path) -> None:
 def test_wheel_holds_every_module_and_data_file_of_the_sources(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     roots = {"craft_fast": ROOT, "craft_kernels": ROOT / "kernels", "craft_cli": ROOT / "cli"}
+    roots |= {"craft_bench": ROOT / "bench"}
     wanted = set()
     for package, root in roots.items():
         files = [path for path in (root / package).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -102,16 +109,17 @@ def test_the_wheel_imports_from_a_fresh_folder(wheel: Path, tmp_path: Path) -> N
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(site)
-    code = "import craft_fast as f, craft_kernels as k, craft_cli as c\nfor m in (f, k, c): print(m.__file__)"
+    packages = "craft_fast", "craft_kernels", "craft_cli", "craft_bench"
+    code = f"import {', '.join(packages)}\nfor m in ({', '.join(packages)}): print(m.__file__)"
     done = python("-c", code, cwd=elsewhere, path=site)
     assert done.returncode == 0, done.stderr
-    assert [Path(line).parent.parent for line in done.stdout.split()] == [site, site, site]
+    assert [Path(line).parent.parent for line in done.stdout.split()] == [site] * 4
 
 
-@pytest.mark.parametrize("folder", [".", "kernels", "cli", "craft_fast", "tests"])
+@pytest.mark.parametrize("folder", [".", "kernels", "cli", "bench", "craft_fast", "tests"])
 def test_the_kernels_package_of_others_is_never_shadowed(folder: str) -> None:
     code = (
-        "import kernels, craft_kernels, craft_fast, craft_cli\n"
+        "import kernels, craft_kernels, craft_fast, craft_cli, craft_bench\n"
         "print(kernels.get_kernel.__module__.split('.')[0], kernels.__file__)"
     )
     done = python("-c", code, cwd=ROOT / folder)
@@ -124,6 +132,7 @@ def test_the_kernels_package_of_others_is_never_shadowed(folder: str) -> None:
 def test_source_roots_hold_no_package_of_their_own() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "cli" / "__init__.py").exists()
+    assert not (ROOT / "bench" / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -1,0 +1,1 @@
+"""What is measured: one module an op, each with ``cases()``."""
