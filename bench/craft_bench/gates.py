@@ -98,7 +98,11 @@ GATES: tuple[Gate, ...] = (
         smallest=LARGE,
     ),
     Gate("lora_linear", "1.3x PEFT, forward and backward", "versus", 1.3, rival="peft"),
-    Gate("lora_linear", "less saved memory than PEFT", "saved", 0.01, rival="peft"),
+    # In one dtype both keep x, x A^T and the factors, byte for byte the same (tests/kernels/test_lora_linear_costs.py).
+    Gate(
+        "lora_linear", "less saved memory than PEFT, with float32 adapters", "saved", 0.01, rival="peft",
+        named=("float32 adapters",),
+    ),
     Gate("nf4_dequantize", "1.3x bitsandbytes nested", "versus", 1.3, mode="forward", rival="bitsandbytes"),
     Gate(
         "nf4_dequantize", "80 % of copy bandwidth at 2^26 elements and more", "copy_fraction", 0.8, mode="forward",

@@ -1,8 +1,9 @@
 """A frozen linear layer with a LoRA at SDXL's attention shapes: against PEFT's layer, dense and NF4.
 
-Everything is in one dtype: adapters kept in float32 would cost PEFT more casts than us. Bytes are those of the inputs,
-the frozen weight (again in backward) and the outputs; at these shapes the matrix products, not the bytes, set the
-floor. ``torch`` is our form as ``auto`` takes it, ``triton`` has both low-rank products in one launch.
+Everything in bfloat16, and then with the float32 adapters that training keeps: both sides cast then, PEFT to float32
+and x with them. Bytes are those of the inputs, the frozen weight (again in backward) and the outputs; at these shapes
+the matrix products, not the bytes, set the floor. ``torch`` is our form as ``auto`` takes it, ``triton`` has both
+low-rank products in one launch.
 """
 
 from __future__ import annotations
@@ -28,39 +29,56 @@ SCALING = 1.0
 
 
 def cases() -> list[Case]:
-    """Both shapes and ranks, dense and NF4, in bfloat16."""
-    return [_case(*shape, rank, nf4=nf4) for nf4 in (False, True) for rank in RANKS for shape in SHAPES]
+    """Both shapes and ranks, dense and NF4, in bfloat16; then with the float32 adapters that training keeps."""
+    return [
+        _case(*shape, rank, nf4=nf4, exact_adapters=exact)
+        for exact in (False, True)
+        for nf4 in (False, True)
+        for rank in RANKS
+        for shape in SHAPES
+    ]
 
 
-def _case(tokens: int, width: int, rank: int, *, nf4: bool) -> Case:
+def _case(tokens: int, width: int, rank: int, *, nf4: bool, exact_adapters: bool) -> Case:
     dtype = "bfloat16"
     each = dtype_of(dtype).itemsize
-    rows, low = tokens * width * each, 2 * rank * width * each
+    rows, low = tokens * width * each, 2 * rank * width * (4 if exact_adapters else each)
     frozen = packed_bytes(width * width) if nf4 else width * width * each
     forward = rows + frozen + low + rows
     backward = 2 * rows + frozen + low + rows + low
     return Case(
         op="lora_linear",
-        name=f"{tokens}x{width} r={rank} {'nf4' if nf4 else 'dense'}",
+        name=f"{tokens}x{width} r={rank} {'nf4' if nf4 else 'dense'}{', float32 adapters' if exact_adapters else ''}",
         dtype=dtype,
         size=tokens * width,
         traffic={"forward": forward, "backward": backward, "both": forward + backward},
         memory=(tokens * width + width * width) * 100,
-        build=lambda device: _build(tokens, width, rank, dtype_of(dtype), device, nf4=nf4),
-        rivals=(EAGER, PEFT) if nf4 or rank != RANKS[0] else (EAGER, COMPILE, PEFT),
+        build=lambda device: _build(
+            tokens,
+            width,
+            rank,
+            dtype_of(dtype),
+            device,
+            nf4=nf4,
+            adapter_dtype=torch.float32 if exact_adapters else dtype_of(dtype),
+        ),
+        rivals=(EAGER, PEFT) if nf4 or rank != RANKS[0] or exact_adapters else (EAGER, COMPILE, PEFT),
         ours=(TORCH, TRITON),
-        quick=rank == 16,
+        quick=rank == 16 and not exact_adapters,
         unit="elements of x",
     )
 
 
-def _build(tokens: int, width: int, rank: int, dtype: torch.dtype, device: torch.device, *, nf4: bool) -> Problem:
+def _build(
+    tokens: int, width: int, rank: int, dtype: torch.dtype, device: torch.device, *, nf4: bool,
+    adapter_dtype: torch.dtype,
+) -> Problem:  # fmt: skip
     draw = Random(device)
     x = draw.normal((1, tokens, width), dtype).requires_grad_()
     dense = draw.normal((width, width), dtype, width**-0.5)
     weight: Tensor | NF4Weight = random_nf4((width, width), dtype, device) if nf4 else dense
-    lora_a = draw.normal((rank, width), dtype, width**-0.5).requires_grad_()
-    lora_b = draw.normal((width, rank), dtype, 0.1).requires_grad_()
+    lora_a = draw.normal((rank, width), adapter_dtype, width**-0.5).requires_grad_()
+    lora_b = draw.normal((width, rank), adapter_dtype, 0.1).requires_grad_()
     grad = draw.normal((1, tokens, width), dtype)
 
     def form(impl: str) -> Form:
@@ -70,7 +88,11 @@ def _build(tokens: int, width: int, rank: int, dtype: torch.dtype, device: torch
             return Form(lambda: (layer(x),), (x, *parameters), (grad,))
         if impl in (EAGER, COMPILE):
             run = compile_static(naive) if impl == COMPILE else naive
-            return Form(lambda: (run(x, weight, lora_a, lora_b, SCALING, None),), (x, lora_a, lora_b), (grad,))
+            return Form(
+                lambda: (run(x, weight, lora_a.to(dtype), lora_b.to(dtype), SCALING, None),),
+                (x, lora_a, lora_b),
+                (grad,),
+            )
         ours: Impl = "triton" if impl == TRITON else "torch"
         return Form(
             lambda: (lora_linear(x, weight, lora_a, lora_b, scaling=SCALING, impl=ours),), (x, lora_a, lora_b), (grad,)
