@@ -9,6 +9,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,8 @@ from craft_fast.errors import EnvironmentProblem
 FORCE = "CRAFT_KERNELS_IMPL"
 INTERPRET = "TRITON_INTERPRET"
 TIMEOUT_S = 300.0
+_CORES_A_RUN = 4
+_BAD = ("failure", "error")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +77,11 @@ def verdicts(
     log: Path | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Verdict]:
-    """Run the tests of the ops.
+    """Run the tests of the ops, each op's in a process of its own, some at a time.
 
-    All of them run in one process, since its start costs more than most tests. If anything is red there, each op that
-    is not wholly green runs again alone: an illegal memory access of one op fails whatever comes after it.
+    A process of its own, since an illegal memory access fails whatever comes after it; some at a time, since on a GPU
+    most of the time goes into compiling kernels, on one core. Where an op's tests ran out of memory beside others'
+    (some need tens of GiB), they run again alone; no other failure is tried twice.
 
     Args:
         ops: names of ops.
@@ -95,25 +99,27 @@ def verdicts(
     if not tested or folder is None:
         return found
     ends = time.monotonic() + timeout_s
-    together = _run([path for op in tested for path in files[op]], device_type, folder, log, timeout_s)
-    for op in tested:
-        found[op] = _verdict(together, files[op])
-    red = [op for op in tested if not found[op].green]
-    if len(tested) > 1 and not together.timed_out:
-        for op in red:
-            alone = _run(files[op], device_type, folder, log, max(1.0, ends - time.monotonic()))
-            found[op] = _verdict(alone, files[op])
+
+    def run(op: str) -> _Outcome:
+        return _run(files[op], device_type, folder, log, max(1.0, ends - time.monotonic()))
+
+    workers = min(max(1, (os.cpu_count() or 1) // _CORES_A_RUN), len(tested))
+    with ThreadPoolExecutor(workers) as pool:
+        outcomes = dict(zip(tested, pool.map(run, tested), strict=True))
+    for op, outcome in outcomes.items():
+        found[op] = _verdict(run(op) if workers > 1 and outcome.out_of_memory else outcome)
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a pytest process said: for each test its file's module, its name, how it ended and how long it took."""
+    """What a pytest process said: for each test its name, how it ended and how long it took."""
 
     exit_code: int
     timed_out: bool
-    tests: list[tuple[str, str, str, float]]
+    tests: list[tuple[str, str, float]]
     last_line: str
+    out_of_memory: bool
 
 
 def _run(files: Sequence[Path], device_type: str, folder: Path, log: Path | None, timeout_s: float) -> _Outcome:
@@ -140,19 +146,21 @@ def _run(files: Sequence[Path], device_type: str, folder: Path, log: Path | None
         if log is not None:
             with log.open("a", encoding="utf-8") as file:
                 file.write(f"$ {' '.join(command)}\n{said}\nexit code {exit_code}\n\n")
-        return _Outcome(exit_code, timed_out, _read(report), (said.strip().splitlines() or [""])[-1])
+        tests = _read(report)
+        failed = any(ending in _BAD for _, ending, _ in tests)
+        short = failed and "out of memory" in said.lower()
+        return _Outcome(exit_code, timed_out, tests, (said.strip().splitlines() or [""])[-1], short)
 
 
-def _read(report: Path) -> list[tuple[str, str, str, float]]:
+def _read(report: Path) -> list[tuple[str, str, float]]:
     try:
         # Our own file of a moment ago, and the standard parser loads no entity from outside.
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return []
-    endings = ("failure", "error", "skipped")
+    endings = (*_BAD, "skipped")
     return [
         (
-            case.get("classname", ""),
             case.get("name", ""),
             next((ending for ending in endings if case.find(ending) is not None), "passed"),
             float(case.get("time", 0)),
@@ -161,21 +169,14 @@ def _read(report: Path) -> list[tuple[str, str, str, float]]:
     ]
 
 
-def _verdict(outcome: _Outcome, files: Sequence[Path]) -> Verdict:
-    modules = {path.stem for path in files}
-    # A module that cannot be imported has its name in ``name`` and an empty ``classname``.
-    mine = [
-        (name, ending, seconds)
-        for place, name, ending, seconds in outcome.tests
-        if modules & {*place.split("."), *name.split(".")}
-    ]
+def _verdict(outcome: _Outcome) -> Verdict:
     if outcome.timed_out:
         return Verdict("tests", False, "the tests did not end in time")
-    bad = [name for name, ending, _ in mine if ending in ("failure", "error")]
+    bad = [name for name, ending, _ in outcome.tests if ending in _BAD]
     if bad:
-        return Verdict("tests", False, f"{len(bad)} of {len(mine)} failed: {bad[0]}")
-    passed = [seconds for _, ending, seconds in mine if ending == "passed"]
-    if passed and outcome.exit_code in (0, 1):  # 1: a test of another op failed
+        return Verdict("tests", False, f"{len(bad)} of {len(outcome.tests)} failed: {bad[0]}")
+    passed = [seconds for _, ending, seconds in outcome.tests if ending == "passed"]
+    if passed and outcome.exit_code == 0:
         return Verdict("tests", True, f"{len(passed)} passed in {sum(passed):.0f} s")
     if outcome.tests or outcome.exit_code == 5:
         return Verdict("tests", False, "none of the tests ran on this device")

@@ -26,7 +26,7 @@ def judged(folder: Path, *ops: str, timeout_s: float = 60) -> dict[str, Verdict]
     return verdicts(ops, "cpu", folder=folder, log=folder / "log.txt", timeout_s=timeout_s)
 
 
-def test_green_and_red_are_told_apart_in_one_run(folder: Path) -> None:
+def test_green_and_red_are_told_apart(folder: Path) -> None:
     (folder / "test_good.py").write_text(GREEN)
     (folder / "test_bad.py").write_text(RED)
     (folder / "test_bad_more.py").write_text(GREEN)
@@ -66,6 +66,28 @@ def test_an_op_that_takes_the_process_down_does_not_condemn_the_others(folder: P
     (folder / "test_b.py").write_text(GREEN)
     found = judged(folder, "a", "b")
     assert (found["a"].green, found["b"].green) == (False, True)
+
+
+FIRST_TIME = """
+from pathlib import Path
+
+def test_one():
+    seen = Path(__file__).with_name("seen")
+    if not seen.exists():
+        seen.touch()
+        raise RuntimeError("{message}")
+"""
+
+
+@pytest.mark.parametrize(("message", "green"), [("CUDA out of memory", True), ("wrong by 3", False)])
+def test_only_a_shortage_of_memory_beside_others_is_tried_again_alone(
+    message: str, green: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify.os, "cpu_count", lambda: 16)
+    (folder / "test_a.py").write_text(FIRST_TIME.format(message=message))
+    (folder / "test_b.py").write_text(GREEN)
+    found = judged(folder, "a", "b")
+    assert (found["a"].green, found["b"].green) == (green, True)
 
 
 def test_the_checkouts_tests_are_found_and_a_wheel_has_none() -> None:
