@@ -31,8 +31,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("where", values)
 
 
+@pytest.fixture(scope="session")
+def _torch_knows_its_functions() -> None:
+    """Fill the tables in which torch keeps its own functions for good, before one of them is replaced for a test.
+
+    ``with torch.device(...)`` would not know the true ``torch.empty`` in any later test (a model that loads on the meta
+    device draws its weights then), nor would Dynamo.
+    """
+    with torch.device("cpu"):
+        torch.empty(0)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+
+
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poisoned_memory(_torch_knows_its_functions: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh floating-point memory holds NaN, and fresh integers 127: what a kernel forgets to write shows."""
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

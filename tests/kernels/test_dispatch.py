@@ -85,3 +85,10 @@ def test_a_wrong_result_does_not_pass_for_working(device: torch.device, monkeypa
     monkeypatch.setattr(torch, "equal", lambda a, b: False)
     with pytest.raises(RuntimeError, match="wrong result"):
         probe.add_one(device)
+
+
+def test_poisoned_memory_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.empty(3).isnan().all()
+    monkeypatch.undo()
+    with torch.device("meta"):
+        assert torch.empty(3).device.type == "meta"
