@@ -23,10 +23,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     from craft_kernels.adamw8bit import kernel
 
     lr = torch.zeros((), dtype=torch.float64)
-    for dtype in (torch.float32, torch.bfloat16):
+    seed = torch.zeros((), dtype=torch.int64)
+    for dtype, rounding in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, seed)):
         params = torch.zeros(73728, dtype=dtype)
-        args = (params, params.clone(), *new_state(65536, 8192, "cpu"), lr, 0.9, 0.999, 1e-8, 1e-2, 1.0)
-        yield str(dtype), lambda args=args: kernel.update(*args)
+        args = (params, params.clone(), *new_state(65536, 8192, "cpu"), lr, 0.9, 0.999, 1e-8, 1e-2, 1.0, rounding)
+        name = str(dtype) if rounding is None else f"{dtype}, stochastic"
+        yield name, lambda args=args: kernel.update(*args)
 
 
 def arguments(sizes: tuple[int, int] = (8192, 4096), where: Where = HERE, *, steps: int = 2) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from craft_fast.qlora.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from craft_fast.qlora.optim import BitsAndBytesOptimizer
 from craft_kernels.adamw8bit import FlatAdamW8bit
 
 Where = tuple[torch.device, torch.dtype]
@@ -35,6 +35,10 @@ def gradients(params: Mapping[str, Tensor], step: int, *, away_from_zero: bool =
         grad = torch.randn(p.shape, generator=draw)
         found[name] = ((grad.sign() * (0.5 + grad.abs())) if away_from_zero else grad).to(p.device, p.dtype)
     return found
+
+
+def bitsandbytes(params: Mapping[str, nn.Parameter]) -> BitsAndBytesOptimizer:
+    return BitsAndBytesOptimizer(params, lr=LR, weight_decay=1e-2, max_grad_norm=math.inf)
 
 
 def give(params: Mapping[str, nn.Parameter], grads: Mapping[str, Tensor]) -> None:
@@ -187,11 +191,11 @@ def test_a_non_finite_step_is_not_counted(device: torch.device) -> None:
 
 def test_a_state_travels_from_bitsandbytes_and_back_bit_for_bit(device: torch.device) -> None:
     params, others = parameters(device), parameters(device)
-    theirs = make_optimizer(params, lr=LR, weight_decay=1e-2)
+    theirs = bitsandbytes(params)
     for step in range(3):
         give(params, gradients(params, step))
-        theirs.step()
-    saved = optimizer_tensors(theirs)
+        theirs.step(LR)
+    saved = theirs.state_tensors()
     ours = FlatAdamW8bit(others, lr=LR, weight_decay=1e-2)
     assert {name: value.shape for name, value in ours.state_tensors().items()} == {
         name: value.shape for name, value in saved.items()
@@ -203,8 +207,8 @@ def test_a_state_travels_from_bitsandbytes_and_back_bit_for_bit(device: torch.de
     ours.step()
     assert not ours.params[padding(ours, others)].any()
     mine = ours.state_tensors()
-    load_optimizer_tensors(theirs, mine)
-    assert same_tensors(optimizer_tensors(theirs), mine)
+    theirs.load_state_tensors(mine)
+    assert same_tensors(theirs.state_tensors(), mine)
     assert all(value.device.type == "cpu" for value in mine.values())
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in mine.values())
 
@@ -241,18 +245,18 @@ def test_the_trajectory_is_that_of_bitsandbytes(
         monkeypatch.setattr(cpu, "_quant_blockwise_fp32_direct", nearest_quantiser)
     params, others = parameters(), parameters()
     ours = FlatAdamW8bit(params, lr=LR, weight_decay=1e-2)
-    theirs = make_optimizer(others, lr=LR, weight_decay=1e-2)
+    theirs = bitsandbytes(others)
     for step in range(20):
         if step == 10 and start_with == "ours":
-            load_optimizer_tensors(theirs, ours.state_tensors())
+            theirs.load_state_tensors(ours.state_tensors())
         elif step == 10:
-            ours.load_state_tensors(optimizer_tensors(theirs))
+            ours.load_state_tensors(theirs.state_tensors())
         grads = gradients(params, step, away_from_zero=away_from_zero)
         give(params, grads)
         give(others, grads)
         ours.step()
-        theirs.step()
-        share, apart = differing_codes(ours.state_tensors(), optimizer_tensors(theirs))
+        theirs.step(LR)
+        share, apart = differing_codes(ours.state_tensors(), theirs.state_tensors())
         assert share <= codes, step
         assert apart <= 0.05, step
         difference = (flat_values(params) - flat_values(others)) / LR
@@ -267,14 +271,15 @@ def test_it_is_no_further_from_adamw_than_bitsandbytes(device: torch.device) -> 
         p.data.copy_(params[name])
     scale = {name: torch.exp(1.5 * g) for name, g in gradients(params, 99).items()}
     ours = FlatAdamW8bit(params, lr=LR, weight_decay=1e-2)
-    theirs = make_optimizer(others, lr=LR, weight_decay=1e-2)
+    theirs = bitsandbytes(others)
     truth = torch.optim.AdamW(exact.values(), lr=LR, weight_decay=1e-2)
     for step in range(30):
         grads = {name: g * scale[name] for name, g in gradients(params, step).items()}
         for given in (params, others, exact):
             give(given, grads)
-        for optimizer in (ours, theirs, truth):
-            optimizer.step()
+        ours.step()
+        theirs.step(LR)
+        truth.step()
     want = flat_values(exact)
     mine, other = (float((flat_values(given) - want).square().mean().sqrt()) / LR for given in (params, others))
     assert mine <= 1.05 * other
@@ -287,14 +292,14 @@ def test_the_codes_are_those_of_bitsandbytes_on_a_gpu(device: torch.device) -> N
         pytest.skip("bitsandbytes' CUDA kernels need a GPU")
     params, others = parameters(device), parameters(device)
     ours = FlatAdamW8bit(params, lr=LR, weight_decay=1e-2, impl="triton")
-    theirs = make_optimizer(others, lr=LR, weight_decay=1e-2)
+    theirs = bitsandbytes(others)
     for step in range(20):
         grads = gradients(params, step, away_from_zero=True)
         give(params, grads)
         give(others, grads)
         ours.step()
-        theirs.step()
-        share, apart = differing_codes(ours.state_tensors(), optimizer_tensors(theirs))
+        theirs.step(LR)
+        share, apart = differing_codes(ours.state_tensors(), theirs.state_tensors())
         assert share <= 1e-2, step
         assert apart <= 0.03, step
         assert float((flat_values(params) - flat_values(others)).abs().max()) <= 0.5 * LR, step

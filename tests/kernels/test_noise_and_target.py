@@ -54,12 +54,12 @@ def test_philox_gives_the_published_answers() -> None:
         (pi, 0x299F31D0A4093822, [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]),
     ]
     for counter, key, answer in cases:
-        words = naive._philox(tuple(torch.tensor([c]) for c in counter), key)
+        words = naive.philox(tuple(torch.tensor([c]) for c in counter), key)
         assert [int(word) for word in words] == answer
 
 
 def test_normals_are_those_of_box_muller_in_float64() -> None:
-    words = naive._philox(tuple(torch.arange(1 << 18) * scale for scale in (1, 0, 0, 0)), 1)
+    words = naive.philox(tuple(torch.arange(1 << 18) * scale for scale in (1, 0, 0, 0)), 1)
     found = naive._box_muller(words[0], words[1])
     radius = (-2 * (words[0].double() * 2.0**-32 + 2.0**-33).log()).sqrt()
     angle = words[1].double() * (2 * math.pi / 2**32)
@@ -250,7 +250,7 @@ def test_offsets_beyond_two_to_the_31(device: torch.device) -> None:
     last = latents[0].numel() // 4 - 1
     ids = given["sample_ids"][1:].cpu()
     counter = (torch.tensor([last]), torch.tensor([given["step"]]), ids & 0xFFFFFFFF, (ids >> 32) & 0xFFFFFFFF)
-    words = naive._philox(counter, given["seed"])
+    words = naive.philox(counter, given["seed"])
     _, truth = naive._box_muller(words[2], words[3])
     assert torch.equal(target[1, 3, -1, -1].cpu().view(1), truth.half())
 

@@ -6,7 +6,7 @@ Shapes: Q elements of tensors with 8-bit moments, F of tensors with float32 mome
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +60,8 @@ class FlatAdamW8bit:
         eps: added to the root of the second moment, > 0.
         weight_decay: decoupled weight decay, >= 0.
         max_norm: largest norm of the whole gradient, > 0; None for no clip.
+        rounding_seed: in [0, 2^63), for bfloat16 parameters alone: round them up or down at random, by bits that are a
+            function of (seed, number of the step, place in ``params``); None: to nearest.
         impl: ``auto`` (Triton on a GPU), ``triton``, ``compile`` or ``torch``.
 
     Attributes:
@@ -82,6 +84,7 @@ class FlatAdamW8bit:
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_norm: float | None = None,
+        rounding_seed: int | None = None,
         impl: Impl = "auto",
     ) -> None:
         _check_params(params)
@@ -89,6 +92,7 @@ class FlatAdamW8bit:
         _check_lr(lr)
         first = next(iter(params.values()))
         choose(impl, first)
+        self.rounding_seed = _seed(rounding_seed, first)
         self.betas, self.eps, self.weight_decay, self.max_norm, self.impl = betas, eps, weight_decay, max_norm, impl
         self._segments, size_8bit, size_32bit = _lay_out(params)
         self._size_8bit = size_8bit
@@ -106,8 +110,13 @@ class FlatAdamW8bit:
         # The view that `p.data` makes is another tensor object; what stays the same is the address.
         self._addresses = [segment.param.data_ptr() for segment in self._segments]
 
-    def step(self) -> Tensor:
+    @torch.no_grad()
+    def step(self, *, skip: Collection[str] = ()) -> Tensor:
         """One update; where the gradient's norm is not finite, nothing changes.
+
+        Args:
+            skip: names of parameters to leave as they are, with their moments; the step counter is that of all. Their
+                gradients still count in the norm. They are copied aside and back, so these should be few.
 
         Returns:
             ``state.grad_norm``, float32 []. Nothing waits for the device.
@@ -115,11 +124,21 @@ class FlatAdamW8bit:
         Raises:
             ValueError: a parameter no longer lies in the flat buffer.
         """
-        self._collect()
-        return adamw8bit_(
+        self.collect()
+        kept = [
+            (view, view.clone())
+            for segment in self._segments
+            if segment.name in skip
+            for view in self._views_of(segment)
+        ]
+        norm = adamw8bit_(
             self.params, self.grads, self.state, self.lr,
-            betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, max_norm=self.max_norm, impl=self.impl,
+            betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, max_norm=self.max_norm,
+            rounding_seed=self.rounding_seed, impl=self.impl,
         )  # fmt: skip
+        for view, before in kept:
+            view.copy_(before)
+        return norm
 
     @torch.no_grad()
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -206,9 +225,19 @@ class FlatAdamW8bit:
             "absmax2": state.absmax2[blocks],
         }
 
+    def _views_of(self, segment: _Segment) -> list[Tensor]:
+        """All that an update changes of one parameter alone."""
+        parts = self._parts(segment, self.state)
+        return [segment.of(self.params), *(part for name, part in parts.items() if name != "step")]
+
     @torch.no_grad()
-    def _collect(self) -> None:
-        """Bring gradients back that are no views any more, and refuse parameters that are none."""
+    def collect(self) -> None:
+        """Bring gradients back into ``grads`` that are no views of it any more; :meth:`step` does it too.
+
+        Raises:
+            ValueError: a parameter no longer lies in the flat buffer.
+        """
+        views, grads = [], []
         for segment, (_, view), address in zip(self._segments, self._views, self._addresses, strict=True):
             if segment.param.data_ptr() != address:
                 raise ValueError(
@@ -220,8 +249,11 @@ class FlatAdamW8bit:
                 if grad is None:
                     view.zero_()
                 else:
-                    view.copy_(grad)
+                    views.append(view)
+                    grads.append(grad)
                 segment.param.grad = view
+        if views:
+            torch._foreach_copy_(views, grads)
 
 
 def _lay_out(params: Mapping[str, nn.Parameter]) -> tuple[list[_Segment], int, int]:
@@ -275,6 +307,15 @@ def _check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
         shown = "; ".join(problems[:_PROBLEMS_SHOWN])
         raise ValueError(f"tensors must be a state of these parameters, got {len(problems)} differences: {shown}")
     return next(iter(steps))
+
+
+def _seed(seed: int | None, param: Tensor) -> Tensor | None:
+    if seed is None:
+        return None
+    check_choice("params' dtype with rounding_seed", param.dtype, (torch.bfloat16,))
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"rounding_seed must be in [0, 2^63), got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=param.device)
 
 
 def _check_lr(lr: float) -> None:

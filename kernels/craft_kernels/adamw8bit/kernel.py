@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from craft_kernels.adamw8bit import naive
 from craft_kernels.adamw8bit.state import BLOCK, TINY
+from craft_kernels.noise_and_target.kernel import philox
 
 # Partial sums of squares. Every program of the update adds them up by itself, 2 KiB from the L2 cache and 16 bytes a
 # thread, which costs less than a launch; 512 programs of 256 threads are 31 warps on each of an H100's 132 processors.
@@ -19,8 +21,9 @@ _NORM_TILE = 4096
 # Elements of one update program: eight blocks, 16 elements a thread, so that a thread's codes are one 16-byte access,
 # and the largest magnitude of a block is found by 16 threads of one warp, without shared memory.
 _TILE = 2048
-# decay, rate, floor: see _scalars.
+# decay, rate, floor, count: see _scalars.
 _SCALARS = 4
+_EXPONENT, _KEPT = tl.constexpr(naive.EXPONENT), tl.constexpr(naive.KEPT)
 
 
 @triton.jit
@@ -47,6 +50,8 @@ def _scalars(
     tl.store(scalar_ptr, (1.0 - lr * tl.full((), WEIGHT_DECAY, tl.float64)).to(tl.float32))
     tl.store(scalar_ptr + 1, (-lr * correction2 / correction1).to(tl.float32))
     tl.store(scalar_ptr + 2, (correction2 * tl.full((), EPS, tl.float64)).to(tl.float32))
+    # Bits, not a number: the update counts the step on, so its programs must not read the counter themselves.
+    tl.store(scalar_ptr + 3, count.to(tl.int32).to(tl.float32, bitcast=True))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -131,6 +136,35 @@ def _stepped(param, grad, old1, old2, scalar_ptr, BETA1: tl.constexpr, BETA2: tl
 
 
 @triton.jit
+def _stochastic(value, first, count, seed, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Numbers that bfloat16 holds, above or below each float32 value, at random: naive.stochastic and random_bits.
+
+    A Philox block serves eight elements, 16 bits each: with four of 32 bits it would cost twice the instructions.
+    """
+    inside = tl.arange(0, ROWS)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
+    groups = ((first // 8) + inside).to(tl.uint32)
+    zero = tl.zeros((), tl.uint32)
+    r0, r1, r2, r3 = philox(groups, count, zero, zero, seed)
+    words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+    bits = tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32)
+    raw = value.to(tl.int32, bitcast=True)
+    up = raw + bits
+    cut = tl.where((up & _EXPONENT) == _EXPONENT, raw, up) & _KEPT
+    return tl.where((raw & _EXPONENT) == _EXPONENT, value, cut.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _store_param(
+    param_ptr, at, offsets, param, scalar_ptr, seed_ptr,
+    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if STOCHASTIC:
+        count = tl.load(scalar_ptr + 3).to(tl.uint32, bitcast=True)
+        param = _stochastic(param, at, count, tl.load(seed_ptr).to(tl.uint64), ROWS, BLOCK)
+    tl.store(param_ptr + at + offsets, param.to(param_ptr.dtype.element_ty))
+
+
+@triton.jit
 def _clip(norm_ptr, step_ptr, partial_ptr, parts, max_norm, PARTS: tl.constexpr):
     """What the gradient is multiplied by, as torch.nn.utils.clip_grad_norm_ has it, and whether its norm is finite.
 
@@ -149,9 +183,9 @@ def _clip(norm_ptr, step_ptr, partial_ptr, parts, max_norm, PARTS: tl.constexpr)
 @triton.jit(do_not_specialize=["tiles_8bit", "parts"])
 def _update_kernel(
     param_ptr, grad_ptr, code1_ptr, code2_ptr, absmax1_ptr, absmax2_ptr, moment1_ptr, moment2_ptr,
-    step_ptr, norm_ptr, table_ptr, partial_ptr, scalar_ptr, tiles_8bit, parts, max_norm,
+    step_ptr, norm_ptr, table_ptr, partial_ptr, scalar_ptr, seed_ptr, tiles_8bit, parts, max_norm,
     BETA1: tl.constexpr, BETA2: tl.constexpr, TINY: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile: clip, decode, update, encode; nothing at all where the norm is not finite."""
     program = tl.program_id(0)
@@ -181,7 +215,7 @@ def _update_kernel(
             tl.store(code2_ptr + at + offsets, code2.to(tl.uint8))
             tl.store(absmax1_ptr + blocks, absmax1)
             tl.store(absmax2_ptr + blocks, absmax2)
-            tl.store(param_ptr + at + offsets, param.to(param_ptr.dtype.element_ty))
+            _store_param(param_ptr, at, offsets, param, scalar_ptr, seed_ptr, STOCHASTIC, ROWS, BLOCK)
     else:
         small = at - tiles_8bit.to(tl.int64) * (ROWS * BLOCK)
         old1 = tl.load(moment1_ptr + small + offsets)
@@ -191,7 +225,7 @@ def _update_kernel(
             param, new1, new2 = _stepped(param, grad * factor, old1, old2, scalar_ptr, BETA1, BETA2)
             tl.store(moment1_ptr + small + offsets, new1)
             tl.store(moment2_ptr + small + offsets, new2)
-            tl.store(param_ptr + at + offsets, param.to(param_ptr.dtype.element_ty))
+            _store_param(param_ptr, at, offsets, param, scalar_ptr, seed_ptr, STOCHASTIC, ROWS, BLOCK)
 
 
 def update(
@@ -212,6 +246,7 @@ def update(
     eps: float,
     weight_decay: float,
     max_norm: float,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """Two launches, in place; nothing waits for the device, and a CUDA graph can hold them.
 
@@ -233,6 +268,7 @@ def update(
         eps: as above.
         weight_decay: as above.
         max_norm: infinity for no clip.
+        rounding_seed: int64 [], for bfloat16 parameters rounded at random; None: to nearest.
     """
     tiles = params.numel() // _NORM_TILE
     parts = min(tiles, _PARTS)
@@ -246,6 +282,8 @@ def update(
     # Without fused multiply-adds the moments and codes equal those of the torch form to the bit, on every device.
     _update_kernel[(params.numel() // _TILE,)](
         params, grads, code1, code2, absmax1, absmax2, moment1, moment2,
-        step, grad_norm, tables, partial, scalars, code1.numel() // _TILE, parts, max_norm,
-        **betas, TINY=TINY, PARTS=_PARTS, ROWS=_TILE // BLOCK, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        step, grad_norm, tables, partial, scalars, step if rounding_seed is None else rounding_seed,
+        code1.numel() // _TILE, parts, max_norm,
+        **betas, TINY=TINY, STOCHASTIC=rounding_seed is not None,
+        PARTS=_PARTS, ROWS=_TILE // BLOCK, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

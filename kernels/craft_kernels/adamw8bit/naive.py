@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from craft_kernels.adamw8bit.state import BLOCK, SECTION, TINY
+from craft_kernels.noise_and_target.naive import philox
+
+_WORD = 0xFFFFFFFF
+# The exponent of a float32, all ones in infinities and NaN; the half that bfloat16 keeps, as a signed number.
+EXPONENT, KEPT = 0x7F800000, -0x10000
 
 
 def adamw8bit_(
@@ -29,11 +34,13 @@ def adamw8bit_(
     eps: float,
     weight_decay: float,
     max_norm: float,
+    rounding_seed: Tensor | None = None,
 ) -> None:
     """One update in place; see ``craft_kernels.adamw8bit.adamw8bit_``, and ``AdamW8bitState`` for the tensors.
 
     Every product and every sum is rounded by itself: ``add(alpha=)``, ``addcmul`` and ``addcdiv`` would fuse them on
-    some devices and not on others. Nothing waits for the device. Arguments are not checked here.
+    some devices and not on others. Everything is computed before anything is written, so that running out of memory
+    leaves all as it was. Nothing waits for the device. Arguments are not checked here.
     """
     size = code1.numel()
     grad = grads.float()
@@ -46,22 +53,62 @@ def adamw8bit_(
     new1 = old1 * beta1 + grad * (1.0 - beta1)
     new2 = old2 * beta2 + grad * (1.0 - beta2) * grad
     new_params = params.float() * decay + rate * (new1 / (new2.sqrt() + floor))
-
-    def put(target: Tensor, value: Tensor) -> None:
-        target.copy_(torch.where(finite, value.to(target.dtype), target))
-
-    put(params, new_params)
-    put(moment1, new1[size:])
-    put(moment2, new2[size:])
-    for code, absmax, moment, edges in (
-        (code1, absmax1, new1[:size], tables[2]),
-        (code2, absmax2, new2[:size], tables[3]),
-    ):
-        new_code, new_absmax = _encode(moment, edges)
-        put(code, new_code)
-        put(absmax, new_absmax)
+    if rounding_seed is not None:
+        new_params = stochastic(new_params, random_bits(len(params), rounding_seed, step + 1))
+    new_code1, new_absmax1 = _encode(new1[:size], tables[2])
+    new_code2, new_absmax2 = _encode(new2[:size], tables[3])
+    pairs = (
+        (params, new_params), (moment1, new1[size:]), (moment2, new2[size:]),
+        (code1, new_code1), (code2, new_code2), (absmax1, new_absmax1), (absmax2, new_absmax2),
+    )  # fmt: skip
+    written = [(target, torch.where(finite, value.to(target.dtype), target)) for target, value in pairs]
+    for target, value in written:
+        target.copy_(value)
     step.add_(finite)
     grad_norm.copy_(norm)
+
+
+def random_bits(size: int, seed: Tensor, step: Tensor) -> Tensor:
+    """16 random bits for each element, a function of (seed, step, element).
+
+    Element ``8 g + 2 k + h`` has the low (``h`` = 0) or high half of word ``k`` of the Philox4x32-10 block of counter
+    ``(g, step, 0, 0)`` under key ``(seed, seed >> 32)``.
+
+    Args:
+        size: a multiple of 8, below 2^35.
+        seed: int64 [], any value.
+        step: int64 [], the number of the update, from 1.
+
+    Returns:
+        int32 [size], in [0, 2^16).
+    """
+    groups = torch.arange(size // 8, device=seed.device)
+    zeros = torch.zeros_like(groups)
+    counter = (groups & _WORD, zeros + (step & _WORD), zeros, zeros)
+    words = torch.stack(philox(counter, seed), dim=-1)  # type: ignore[arg-type]  # a tensor works as well
+    return torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten().int()
+
+
+def stochastic(value: Tensor, bits: Tensor) -> Tensor:
+    """float32 to bfloat16, up or down at random: up with the probability of the distance from below.
+
+    The value's 32 bits are its magnitude among the float32 numbers, beside a sign; bfloat16 keeps the upper 16. Adding
+    16 uniform random bits carries into them with the probability of what is cut, so the mean is the value itself, for
+    both signs alike. What bfloat16 holds stays as it is; so do infinities and NaN, and no finite value becomes
+    infinite: above bfloat16's largest number there is none to go up to.
+
+    Args:
+        value: float32.
+        bits: int32 in [0, 2^16), as many.
+
+    Returns:
+        bfloat16, the shape of ``value``.
+    """
+    raw = value.view(torch.int32)
+    up = raw + bits
+    cut = torch.where((up & EXPONENT) == EXPONENT, raw, up) & KEPT
+    special = (raw & EXPONENT) == EXPONENT
+    return torch.where(special, value, cut.view(torch.float32)).to(torch.bfloat16)
 
 
 def _scalars(

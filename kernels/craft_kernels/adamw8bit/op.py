@@ -31,6 +31,7 @@ def adamw8bit_(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     max_norm: float | None = None,
+    rounding_seed: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """One step of AdamW (arXiv 1711.05101) with block-wise 8-bit moments (arXiv 2110.02861), in place.
@@ -40,7 +41,9 @@ def adamw8bit_(
         m = beta1 m + (1 - beta1) g,  v = beta2 v + (1 - beta2) g^2
         p = p (1 - lr weight_decay) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    in float32, the parameter rounded once. Where ``|grads|`` is not finite, nothing changes except ``grad_norm``.
+    in float32, the parameter rounded once: to the nearest, or with ``rounding_seed`` up or down at random, so that the
+    mean is the unrounded value, and updates far below half a unit in the last place still add up. Where ``|grads|`` is
+    not finite, nothing changes except ``grad_norm``.
 
     Args:
         params: [Q + F], float32, bfloat16 or float16, contiguous; first those with 8-bit moments, then the others.
@@ -54,6 +57,8 @@ def adamw8bit_(
         eps: added to the root, > 0.
         weight_decay: decoupled weight decay, >= 0.
         max_norm: largest norm of the gradient, > 0; None for no clip.
+        rounding_seed: int64 [] on the same device, any value, for bfloat16 ``params`` alone: round them at random by
+            bits that are a function of (seed, ``state.step``, element) and equal on every device; None: to nearest.
         impl: ``auto`` (Triton on a GPU), ``triton``, ``compile`` or ``torch``.
 
     Returns:
@@ -63,11 +68,15 @@ def adamw8bit_(
         ValueError: an argument's shape, dtype, device or value does not fit; the message names it.
     """
     _check(params, grads, state, lr)
+    if rounding_seed is not None:
+        check_choice("params.dtype with rounding_seed", params.dtype, (torch.bfloat16,))
+        check_tensor("rounding_seed", rounding_seed, (), torch.int64, like=("params", params))
     check_settings(betas, eps, weight_decay, max_norm)
     form = choose(impl, params)
     limit = math.inf if max_norm is None else float(max_norm)
     _run(form)(
-        params, grads, *state, lr, float(betas[0]), float(betas[1]), float(eps), float(weight_decay), limit
+        params, grads, *state, lr, float(betas[0]), float(betas[1]), float(eps), float(weight_decay), limit,
+        rounding_seed,
     )  # fmt: skip
     return state.grad_norm
 
@@ -82,13 +91,13 @@ def _run(form: Form) -> Callable[..., None]:
 def _triton(
     params: Tensor, grads: Tensor, code1: Tensor, code2: Tensor, absmax1: Tensor, absmax2: Tensor, moment1: Tensor,
     moment2: Tensor, step: Tensor, grad_norm: Tensor, tables: Tensor, lr: Tensor, beta1: float, beta2: float,
-    eps: float, weight_decay: float, max_norm: float,
+    eps: float, weight_decay: float, max_norm: float, rounding_seed: Tensor | None = None,
 ) -> None:  # fmt: skip
     from craft_kernels.adamw8bit import kernel
 
     kernel.update(
         params, grads, code1, code2, absmax1, absmax2, moment1, moment2, step, grad_norm, tables, lr,
-        beta1, beta2, eps, weight_decay, max_norm,
+        beta1, beta2, eps, weight_decay, max_norm, rounding_seed,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ _SQRT_HALF_BITS = tl.constexpr(naive.SQRT_HALF_BITS)
 
 
 @triton.jit
-def _philox(c0, c1, c2, c3, seed):
+def philox(c0, c1, c2, c3, seed):
     """Four random words for each counter, all uint32.
 
     Not tl.philox: whole 64-bit products are one instruction, where its two halves are two (44 of 1,044 here), and these
@@ -86,7 +86,7 @@ def _noise_and_target_kernel(
     id = tl.load(id_ptr + sample)
     groups = (part * GROUPS + tl.arange(0, GROUPS)).to(tl.uint32)
     key = tl.full((), seed, tl.uint64)
-    r0, r1, r2, r3 = _philox(groups, now, id.to(tl.uint32), (id >> 32).to(tl.uint32), key)
+    r0, r1, r2, r3 = philox(groups, now, id.to(tl.uint32), (id >> 32).to(tl.uint32), key)
     n0, n1 = _box_muller(r0, r1)
     n2, n3 = _box_muller(r2, r3)
     noise = tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3)).to(ACC)

@@ -80,12 +80,12 @@ def counter_noise(sample_ids: Tensor, shape: tuple[int, ...] | torch.Size, *, se
     groups = torch.arange((size + 3) // 4, device=sample_ids.device).expand(len(sample_ids), -1)
     ids = sample_ids.view(-1, 1).expand_as(groups)
     steps = torch.zeros_like(groups) + step
-    words = _philox((groups & _MASK, steps & _MASK, ids & _MASK, (ids >> 32) & _MASK), seed)
+    words = philox((groups & _MASK, steps & _MASK, ids & _MASK, (ids >> 32) & _MASK), seed)
     normals = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
     return normals.flatten(1)[:, :size].reshape(len(sample_ids), *shape)
 
 
-def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four random words in [0, 2^32) for each counter, all int64."""
     c0, c1, c2, c3 = counter
     for i in range(ROUNDS):
