@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -24,14 +24,31 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    path: str = _f("package:craft_fast.tiny/assets/sdxl", "diffusers folder, hub id, or package:NAME/FOLDER")
+    path: str = _f(
+        "package:craft_fast.tiny/assets/sdxl",
+        "diffusers folder, one .safetensors file with the whole model, hub id, or package:NAME/FOLDER",
+    )
+    config: str = _f(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "one file: folder or hub id whose tokenizers and configurations go with it; no weights are read there",
+    )
+    vae: str | None = _f(
+        None, "another VAE: folder, hub id or file, such as madebyollin/sdxl-vae-fp16-fix; null: the model's own"
+    )
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = _f(
-        "auto", "what the UNet predicts; auto reads the scheduler's config"
+        "auto", "what the UNet predicts; auto reads the scheduler's config, or a file's keys and metadata"
+    )
+    zero_terminal_snr: Literal["auto", "yes", "no"] = _f(
+        "auto", "noise schedule that ends in pure noise; auto as for prediction_type", source="arXiv 2305.08891"
     )
     device: str = _f("auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _f(
         "auto", "auto: bfloat16 on a GPU that has it, else float32"
     )
+    vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _f(
+        "auto", "auto: float32 for the model's own VAE, model.dtype for the one in model.vae"
+    )
+    offline: bool = _f(False, "ask no network; hub ids must be in the local cache")
 
 
 class PromptSettings(Section):
@@ -83,6 +100,19 @@ class GenerateSettings(Section):
     num_inference_steps: int = _f(14, "denoising steps", ge=1)
     guidance_scale: float = _f(2.0, "classifier-free guidance; 1 turns it off", ge=1.0)
     negative_prompt: str = _f("", "what to steer away from")
+    guidance_interval: list[float] = _f(
+        [0.0, 1.0],
+        "shares of the denoising between which guidance acts; outside, only the prompt's half is run",
+        min_length=2,
+        max_length=2,
+        source="arXiv 2404.07724",
+    )
+    unet: Literal["auto", "dense", "nf4"] = _f(
+        "dense",
+        "UNet that draws candidates and evaluation; nf4: quantised, 1.33 GB of SDXL on the GPU instead of 5.14, but "
+        "slower, and the pictures are not quite the model's own; auto: dense where the GPU has room for it, else nf4",
+        source="arXiv 2305.14314",
+    )
     height_px: int = _f(64, "image height", unit="px", ge=8)
     width_px: int = _f(64, "image width", unit="px", ge=8)
     batch_size: int = _f(32, "images denoised together", ge=1)
@@ -118,10 +148,21 @@ class FilterSettings(Section):
     block_groups: int = _f(16, "groups generated, scored and filtered at a time", ge=1)
 
 
+def _from_bool(value: Any) -> Any:
+    return {True: "all", False: "none"}[value] if isinstance(value, bool) else value
+
+
+# true and false are what this setting used to be.
+Recompute = Annotated[Literal["auto", "all", "none"], BeforeValidator(_from_bool)]
+
+
 class TrainSettings(Section):
-    method: Literal["lora", "qlora", "full"] = _f(
-        "qlora", "qlora: NF4 base and LoRA; lora: unquantised base and LoRA; full: all UNet weights"
+    method: Literal["auto", "lora", "qlora", "full"] = _f(
+        "qlora",
+        "qlora: NF4 base and LoRA; lora: unquantised base and LoRA; full: all UNet weights, updated in backward; "
+        "auto: lora where the GPU has room for it, else qlora",
     )
+    nf4_convs: bool = _f(False, "qlora: convolutions in NF4 too; 1.36 GB of SDXL instead of 1.86")
     weighting: Literal["positive", "signed", "uniform", "exponential", "clipped"] = _f(
         "positive", "phi(A), how the advantage becomes a weight", source="design.md 1 item 5"
     )
@@ -146,7 +187,11 @@ class TrainSettings(Section):
     prompt_dropout: Unit = _f(0.1, "share of samples trained with the empty prompt, for guidance")
     weight_decay: float = _f(0.01, "AdamW decoupled weight decay", ge=0)
     max_grad_norm: float = _f(1.0, "gradient clip", gt=0)
-    gradient_checkpointing: bool = _f(False, "recompute activations in backward: less memory, about 1.5x the time")
+    gradient_checkpointing: Recompute = _f(
+        "auto",
+        "which activations are computed again in backward, for memory; all of them costs about 1.5x the time; "
+        "auto: no more than the GPU's memory makes necessary",
+    )
     checkpoint_every: int = _f(50, "steps between checkpoints", ge=1)
     keep_checkpoints: int = _f(2, "checkpoints kept", ge=1)
     sample_every: int = _f(100, "steps between sample images; 0: none", ge=0)
@@ -171,6 +216,26 @@ class ReportSettings(Section):
     grid_prompts: int = _f(16, "prompts shown before and after", ge=1)
 
 
+class EngineSettings(Section):
+    vram_gib: float | None = _f(
+        None, "hard cap on the GPU memory of this process; null: the whole card", unit="GiB", gt=0
+    )
+    resident: Literal["auto", "always", "never"] = _f(
+        "auto", "keep models on the GPU between stages; auto: where all of them have room"
+    )
+    vae_tiling: Literal["auto", "always", "never"] = _f(
+        "auto", "decode in strips of rows: same picture, a third of the memory; auto: where a whole image does not fit"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = _f("auto", "attention kernel; auto: PyTorch's own")
+    lora: Literal["auto", "fused", "peft"] = _f("auto", "adapter layers: our op, or PEFT's modules; auto: fused")
+    optimizer: Literal["auto", "flat", "bitsandbytes"] = _f(
+        "auto", "8-bit AdamW: one launch for all, or one for each tensor; auto: flat on a GPU, bitsandbytes on a CPU"
+    )
+    autocast: bool = _f(False, "run the UNet in training under autocast, as other trainers do; false: in model.dtype")
+    graph: bool = _f(True, "record training step and denoising step once and replay them (CUDA graphs); GPU only")
+    compile: bool = _f(False, "torch.compile the transformer blocks; takes minutes at the start")
+
+
 class Settings(Section):
     """Everything a run is told. Defaults are the ``tiny`` preset's where they are numbers."""
 
@@ -185,4 +250,7 @@ class Settings(Section):
     train: TrainSettings = Field(default_factory=TrainSettings, description="advantage-weighted training")
     export: ExportSettings = Field(default_factory=ExportSettings, description="the LoRA file")
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="held-out comparison")
+    engine: EngineSettings = Field(
+        default_factory=EngineSettings, description="how the work is laid onto this machine; changes rounding only"
+    )
     report: ReportSettings = Field(default_factory=ReportSettings, description="the page")

@@ -1,12 +1,14 @@
-"""Checks that need more than one setting at a time; ``load_settings`` reports them beside the others."""
+"""Checks that no single field's type makes; ``load_settings`` reports them beside the others."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from string import ascii_letters
+from typing import Any
 
-from craft_fast.config import ExpandSettings, Settings
+from craft_fast.config import ExpandSettings, GenerateSettings, ModelSettings, Settings, TrainSettings
 
 SLOT = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
@@ -19,13 +21,58 @@ def cross_checks(settings: Settings) -> Iterator[Finding]:
     yield from _rewards(settings)
     for text in _expand(settings.expand):
         yield {"expand"}, text
+    for text in _generate(settings.generate):
+        yield {"generate"}, text
+    for text in _model(settings.model):
+        yield {"model"}, text
+    for text in _train(settings.train):
+        yield {"train"}, text
+
+
+def not_finite(data: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield the path of every NaN and infinity in unchecked values, with what to say of it."""
+    for path, value in _leaves(data):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield path, f"found {value}; must be a finite number"
+
+
+def _leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(data, list):
+        for i, value in enumerate(data):
+            yield from _leaves(value, (*path, str(i)))
+    else:
+        yield path, data
+
+
+def _generate(generate: GenerateSettings) -> Iterator[str]:
     for key in ("height_px", "width_px"):
-        value = getattr(settings.generate, key)
+        value = getattr(generate, key)
         if value % 8:
-            yield {"generate"}, f"generate.{key}: found {value}; must be a multiple of 8"
-    device = settings.model.device
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", device):
-        yield {"model"}, f"model.device: found {device!r}; must be auto, cpu, cuda or cuda:N"
+            yield f"generate.{key}: found {value}; must be a multiple of 8"
+    begin, end = generate.guidance_interval
+    if not 0.0 <= begin < end <= 1.0:
+        yield f"generate.guidance_interval: found [{begin}, {end}]; must be [begin, end] with 0 <= begin < end <= 1"
+
+
+def _model(model: ModelSettings) -> Iterator[str]:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", model.device):
+        yield f"model.device: found {model.device!r}; must be auto, cpu, cuda or cuda:N"
+    if model.zero_terminal_snr == "yes" and model.prediction_type == "epsilon":
+        # At zero SNR the input is the noise itself: predicting it says nothing of the image (arXiv 2305.08891, 3.2).
+        yield (
+            "model.zero_terminal_snr: found yes with model.prediction_type epsilon; "
+            "must be no, or model.prediction_type v_prediction"
+        )
+
+
+def _train(train: TrainSettings) -> Iterator[str]:
+    if train.nf4_convs and train.method not in {"auto", "qlora"}:
+        yield f"train.nf4_convs: found true with train.method {train.method}; must be false, or train.method qlora"
+    if train.method != "full" and len(set(train.target_modules)) < len(train.target_modules):
+        yield f"train.target_modules: found {train.target_modules}; each name may be there once"
 
 
 def _rewards(settings: Settings) -> Iterator[Finding]:

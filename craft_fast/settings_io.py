@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from craft_fast.config import RewardSettings, Section, Settings, SlotSettings
 from craft_fast.errors import ConfigError
-from craft_fast.settings_checks import cross_checks
+from craft_fast.settings_checks import cross_checks, not_finite
 from craft_fast.settings_yaml import Lines, dump_inline, parse_yaml, read_yaml
 
 NO_PRESET = "none"
@@ -47,16 +48,21 @@ class _Layer:
 
 
 def preset_names() -> list[str]:
-    """Names that ``--preset`` takes, in alphabetical order."""
-    folder = resources.files("craft_fast").joinpath("presets")
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    """Names that ``--preset`` takes, in alphabetical order, numbers by their size."""
+    names = (p.name.removesuffix(".yaml") for p in _presets().iterdir() if p.name.endswith(".yaml"))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _presets() -> Traversable:
+    return resources.files("craft_fast").joinpath("presets")
 
 
 def load_settings(preset: str = "tiny", config: Path | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Resolve the settings of a run.
 
-    A file that holds ``preset: NAME`` builds on that preset whatever ``preset`` says; ``preset: none``, which
-    ``render_yaml`` writes, means that the file is complete. ``rewards.NAME: null`` takes a reward out.
+    A file that holds ``preset: NAME`` builds on that preset whatever ``preset`` says, and a preset may build on
+    another in the same way; ``preset: none``, which ``render_yaml`` writes, means that the file is complete.
+    ``rewards.NAME: null`` takes a reward out.
 
     Args:
         preset: one of ``preset_names()``, or ``none`` for the bare defaults.
@@ -75,8 +81,7 @@ def load_settings(preset: str = "tiny", config: Path | None = None, overrides: S
         layers += _file_layer(config, problems)
         if layers and "preset" in layers[-1].data:
             preset = str(layers[-1].data.pop("preset"))
-    layers.insert(0, _preset_layer(preset, problems))
-    layers.append(_override_layer(overrides, problems))
+    layers = [*_preset_layers(preset, problems), *layers, _override_layer(overrides, problems)]
     merged: dict[str, Any] = {}
     for layer in layers:
         problems += _unknown_keys(layer)
@@ -84,16 +89,26 @@ def load_settings(preset: str = "tiny", config: Path | None = None, overrides: S
     return _validate(merged, layers, problems)
 
 
-def _preset_layer(name: str, problems: list[str]) -> _Layer:
-    if name == NO_PRESET:
-        return _Layer("defaults", {}, {})
-    known = preset_names()
-    if name not in known:
-        problems.append(f"preset: found {name!r}; must be one of {', '.join([*known, NO_PRESET])}")
-        return _Layer("defaults", {}, {})
-    text = resources.files("craft_fast").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
-    data, lines = parse_yaml(text, where=f"preset {name}")
-    return _Layer(f"preset {name}", data, lines)
+def _preset_layers(name: str, problems: list[str]) -> list[_Layer]:
+    """A preset and those it builds on by a ``preset:`` of its own, the lowest first."""
+    layers: list[_Layer] = []
+    chain: list[str] = []
+    while name != NO_PRESET:
+        by = f" (preset {chain[-1]})" if chain else ""
+        if name in chain:
+            problems.append(f"preset: found {name!r}{by}; it builds on itself: {' -> '.join([*chain, name])}")
+            break
+        known = preset_names()
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            guess = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"preset: found {name!r}{by}; must be one of {', '.join([*known, NO_PRESET])}{guess}")
+            break
+        chain.append(name)
+        data, lines = parse_yaml(_presets().joinpath(f"{name}.yaml").read_text("utf-8"), where=f"preset {name}")
+        layers.insert(0, _Layer(f"preset {name}", data, lines))
+        name = str(data.pop("preset", NO_PRESET))
+    return layers
 
 
 def _file_layer(path: Path, problems: list[str]) -> list[_Layer]:
@@ -218,11 +233,11 @@ def _show(value: Any) -> str:
 
 def _validate(data: dict[str, Any], layers: Sequence[_Layer], problems: list[str]) -> Settings:
     _drop_removed(data)
-    bad_sections = {"preset"} if problems else set()
-    for path, value in _leaves(data):
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{'.'.join(path)}: found {value}; must be a finite number{_origin(layers, path)}")
-            bad_sections.add(path[0])
+    # Without its preset a file may lack rewards; saying so would hide what is wrong.
+    bad_sections = {"rewards", "filter"} if any(text.startswith("preset:") for text in problems) else set()
+    for path, text in not_finite(data):
+        problems.append(f"{'.'.join(path)}: {text}{_origin(layers, path)}")
+        bad_sections.add(path[0])
     settings, failures = _typed(data)
     for path, text in failures:
         problems.append(f"{'.'.join(path)}: {text}{_origin(layers, path)}")
@@ -282,17 +297,6 @@ def _drop_removed(data: dict[str, Any]) -> None:
         if isinstance(entries, dict):
             for name in [name for name, value in entries.items() if value is None]:
                 del entries[name]
-
-
-def _leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from _leaves(value, (*path, key))
-    elif isinstance(data, list):
-        for i, value in enumerate(data):
-            yield from _leaves(value, (*path, str(i)))
-    else:
-        yield path, data
 
 
 def field_docs(model: type[BaseModel] = Settings, prefix: str = "") -> list[FieldDoc]:

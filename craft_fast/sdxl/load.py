@@ -1,57 +1,202 @@
-"""Loading an SDXL folder or hub id, safely: safetensors only, every weight finite, every refusal explained."""
+"""An SDXL on one device, its parts loaded when they are used: safetensors only, every weight finite.
+
+Where memory is short, parts are there in phases: text encoders, then UNet, then VAE, each freed before the next. What
+a model may be loaded from is in ``source``.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 
-from craft_fast.errors import ConfigError, CraftError, EnvironmentProblem, IntegrityError, ResourceError
+from craft_fast.config import EngineSettings
+from craft_fast.errors import ConfigError, EnvironmentProblem
 from craft_fast.quiet import import_bitsandbytes, quiet_progress_bars, quiet_third_party
-from craft_fast.store.digest import digest_folder, digest_json, sha256_file
-from craft_fast.store.run import resolve_uri
-from craft_fast.store.safe_load import check_header, conversion_command
+from craft_fast.sdxl.drawing_form import FORMS, UnetForm, load_in_form
+from craft_fast.sdxl.identify import PARTS, WEIGHTED
+from craft_fast.sdxl.prediction import PREDICTION_TYPES, make_scheduler
+from craft_fast.sdxl.source import DEFAULT_CONFIG, Source, open_source
+from craft_fast.sdxl.weights import free_memory, guarded, load_part, weight_files
 
 quiet_third_party()
 
-T = TypeVar("T")
-PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
-WEIGHTED = ("text_encoder", "text_encoder_2", "unet", "vae")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
-_PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth", ".pkl"}
+__all__ = [
+    "PARTS",
+    "PREDICTION_TYPES",
+    "WEIGHTED",
+    "SdxlModel",
+    "free_memory",
+    "load_part",
+    "load_sdxl",
+    "model_digest",
+    "open_source",
+    "pick_device",
+    "pick_dtype",
+    "pick_vae_dtype",
+    "unload",
+    "weight_files",
+]
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
 class SdxlModel:
-    """The parts of one SDXL, on one device; everything but the VAE (see ``load_sdxl``) in ``dtype``."""
+    """One SDXL on one device; its networks are loaded on their first use and freed by assigning None.
 
-    path: Path
-    digest: str
-    device: torch.device
-    dtype: torch.dtype
-    prediction_type: str
-    force_zeros_for_empty_prompt: bool
-    tokenizer: Any
-    tokenizer_2: Any
-    text_encoder: Any
-    text_encoder_2: Any
-    unet: Any
-    vae: Any
-    scheduler: Any
-    unet_config: Any
+    Attributes:
+        source: what it is loaded from; ``path`` is its folder or file.
+        digest: of everything that is loaded.
+        device: where the networks go.
+        dtype: of the UNet and the text encoders.
+        vae_dtype: of the VAE.
+        prediction_type: ``epsilon`` or ``v_prediction``.
+        force_zeros_for_empty_prompt: whether the empty prompt is all zeros.
+        tokenizer: of the first text encoder; ``tokenizer_2`` of the second.
+        scheduler: the noise schedule; samplers are made from its config.
+        unet_config: the UNet's configuration, there without the UNet; ``vae_config`` the VAE's.
+        engine: how the work is laid onto the machine.
+        unet_form: what ``unet`` is loaded as: ``dense``, or ``nf4`` to draw with little memory; training takes the
+            dense one in either case (``sdxl.unet.pristine_unet``).
+        resident: whether networks stay on the device between phases.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype,
+        prediction_type: str = "auto",
+        zero_terminal_snr: str = "auto",
+        engine: EngineSettings | None = None,
+        unet_form: UnetForm = "dense",
+    ) -> None:
+        if unet_form not in FORMS:
+            raise ValueError(f"unet_form is {unet_form!r}; allowed: {', '.join(FORMS)}")
+        self.unet_form = unet_form
+        import_bitsandbytes()  # before diffusers, which would import it with its request to a hub
+        quiet_progress_bars()
+        self.source = source
+        self.path: Path = source.path
+        self.device, self.dtype, self.vae_dtype = device, dtype, vae_dtype
+        self.engine = EngineSettings() if engine is None else engine
+        self.resident = self.engine.resident != "never"
+        prediction = source.prediction(prediction_type, zero_terminal_snr)
+        self.prediction_type = prediction.prediction_type
+        self.zero_terminal_snr = prediction.zero_terminal_snr
+        where = source.path / "scheduler"
+        self.scheduler: Any = guarded(where, lambda: make_scheduler(source.scheduler_config(), prediction, where))
+        self.force_zeros_for_empty_prompt = source.force_zeros()
+        self.tokenizer: Any = source.tokenizer("tokenizer")
+        self.tokenizer_2: Any = source.tokenizer("tokenizer_2")
+        self.unet_config: Any = source.config("unet")
+        self.vae_config: Any = source.config("vae")
+        self.digest = source.digest()
+        self._parts: dict[str, Any] = {}
+
+    # ---- the networks
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder, a ``CLIPTextModel``."""
+        return self._part("text_encoder")
+
+    @text_encoder.setter
+    def text_encoder(self, value: Any) -> None:
+        self._put("text_encoder", value)
+
+    @property
+    def text_encoder_2(self) -> Any:
+        """The second text encoder, a ``CLIPTextModelWithProjection``."""
+        return self._part("text_encoder_2")
+
+    @text_encoder_2.setter
+    def text_encoder_2(self, value: Any) -> None:
+        self._put("text_encoder_2", value)
+
+    @property
+    def unet(self) -> Any:
+        """The ``UNet2DConditionModel``, loaded in ``unet_form``.
+
+        Training changes it; ``sdxl.unet`` has the one to draw with and the one to train, whatever is here.
+        """
+        return self._part("unet")
+
+    @unet.setter
+    def unet(self, value: Any) -> None:
+        self._put("unet", value)
+
+    @property
+    def vae(self) -> Any:
+        """The ``AutoencoderKL``."""
+        return self._part("vae")
+
+    @vae.setter
+    def vae(self, value: Any) -> None:
+        self._put("vae", value)
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the networks that are on the device now."""
+        return tuple(part for part in WEIGHTED if part in self._parts)
+
+    def use(self, *parts: str) -> None:
+        """Have the named networks on the device; where they do not stay resident, all others are freed first.
+
+        Args:
+            parts: some of ``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``.
+
+        Raises:
+            ValueError: another name.
+            ResourceError: it does not fit the device.
+        """
+        if unknown := set(parts) - set(WEIGHTED):
+            raise ValueError(f"no such part: {', '.join(sorted(unknown))}; allowed: {', '.join(WEIGHTED)}")
+        if not self.resident:
+            self._free(*(part for part in self.loaded if part not in parts))
+        for part in parts:
+            self._part(part)
+
+    def rest(self) -> None:
+        """Free all networks, where they do not stay resident: another phase needs the device."""
+        if not self.resident:
+            self._free(*self.loaded)
+
+    def _part(self, name: str) -> Any:
+        if name not in self._parts:
+            self._parts[name] = self._load(name)
+        return self._parts[name]
+
+    def _load(self, name: str) -> Any:
+        dtype = self.vae_dtype if name == "vae" else self.dtype
+        if name != "unet":
+            return self.source.load(name, self.device, dtype)
+        return load_in_form(
+            lambda device: self.source.load(name, device, dtype), self.unet_form, device=self.device, dtype=dtype,
+            where=self.path / name,
+        )  # fmt: skip
+
+    def _put(self, name: str, value: Any) -> None:
+        if value is None:
+            self._parts.pop(name, None)
+        else:
+            self._parts[name] = value
+
+    def _free(self, *parts: str) -> None:
+        for part in parts:
+            self._parts.pop(part, None)
+        if parts:
+            free_memory()
+
+    # ---- sizes
 
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels per latent pixel, along one side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.vae_config.block_out_channels) - 1))
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """``(4, h, w)`` of the latents of an image.
@@ -99,66 +244,31 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         return torch.bfloat16 if bf16 else torch.float32
+    return _dtype(name, "model.dtype")
+
+
+def pick_vae_dtype(name: str, dtype: torch.dtype, *, own: bool) -> torch.dtype:
+    """``auto`` is float32 for the model's own VAE, and the model's ``dtype`` for another one.
+
+    SDXL's decoder was trained with activations that overflow float16 and lose detail in bfloat16; who brings another
+    VAE brings one that was made for half precision.
+    """
+    if name == "auto":
+        return torch.float32 if own else dtype
+    return _dtype(name, "model.vae_dtype")
+
+
+def _dtype(name: str, setting: str) -> torch.dtype:
     if name not in _DTYPES:
-        raise ConfigError(
-            "No such dtype", where="model.dtype", why=f"found {name!r}; allowed: auto, {', '.join(_DTYPES)}"
-        )
+        raise ConfigError("No such dtype", where=setting, why=f"found {name!r}; allowed: auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
-def model_folder(path: Path | str) -> Path:
-    """The local folder of ``path`` (folder, ``package:NAME/FOLDER`` or hub id), with all of SDXL's parts in it.
-
-    A hub id is fetched into the hub's cache first, safetensors, JSON and text only.
-
-    Raises:
-        EnvironmentProblem: missing, or not an SDXL.
-        IntegrityError: weights that are pickles or damaged.
-    """
-    resolved = resolve_uri(str(path))
-    folder = resolved if isinstance(resolved, Path) else _fetch(resolved)
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise EnvironmentProblem(
-            "Not an SDXL folder in diffusers' layout",
-            where=str(folder),
-            why=f"missing: {', '.join(missing)}",
-            hint="set model.path to a folder that StableDiffusionXLPipeline.from_pretrained opens",
-        )
-    for part in WEIGHTED:
-        for file in weight_files(folder / part):
-            check_header(file)
-    return folder
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one model part: the full-precision ones, or the fp16 variant where only that is.
-
-    Raises:
-        IntegrityError: there are only pickles.
-        EnvironmentProblem: there are no weights.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    full = [file for file in files if ".fp16" not in file.suffixes and ".fp16-" not in file.name]
-    if full or files:
-        return full or files
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        raise IntegrityError(
-            "Pickled weights are refused: loading one runs whatever code it holds",
-            where=str(pickles[0]),
-            hint="if you trust where they come from, convert them with: " + conversion_command(pickles[0]),
-        )
-    raise EnvironmentProblem("A model folder holds no weights", where=str(folder), why="no *.safetensors in it")
-
-
-def model_digest(path: Path | str) -> str:
-    """Digest of all parts that are used, without loading them; hashed once per process and file."""
-    folder = model_folder(path)
-    parts: dict[str, Any] = {part: digest_folder(folder / part) for part in PARTS}
-    index = folder / "model_index.json"
-    parts["model_index"] = sha256_file(index) if index.is_file() else None
-    return digest_json(parts)
+def model_digest(
+    path: Path | str, *, config: str = DEFAULT_CONFIG, vae: Path | str | None = None, offline: bool = False
+) -> str:
+    """Digest of all parts that are used, without loading them; arguments as in ``load_sdxl``."""
+    return open_source(path, config=config, vae=vae, offline=offline).digest()
 
 
 def load_sdxl(
@@ -167,148 +277,53 @@ def load_sdxl(
     device: torch.device | str = "auto",
     dtype: torch.dtype | str = "auto",
     prediction_type: str = "auto",
+    config: str = DEFAULT_CONFIG,
+    vae: Path | str | None = None,
+    vae_dtype: torch.dtype | str = "auto",
+    zero_terminal_snr: str = "auto",
+    offline: bool = False,
+    engine: EngineSettings | None = None,
+    unet_form: UnetForm = "dense",
 ) -> SdxlModel:
-    """Load all parts for inference: eval mode, no gradients.
+    """Open a model for inference: eval mode, no gradients.
 
-    The VAE stays in float32 when ``dtype`` is float16, which overflows in SDXL's decoder.
+    With ``engine.resident`` ``never``, networks are loaded when they are used; otherwise all at once, here.
 
     Args:
-        path: diffusers folder, ``package:NAME/FOLDER`` or hub id.
+        path: diffusers folder, ``package:NAME/FOLDER``, hub id, or one safetensors file with the whole model.
         device: a device, or ``auto``.
         dtype: a dtype, its name, or ``auto``.
-        prediction_type: what the UNet predicts; ``auto`` reads the scheduler's config.
+        prediction_type: what the UNet predicts; ``auto`` reads the scheduler's config, or a file's keys and metadata.
+        config: of a single file: folder or hub id of its tokenizers and configurations.
+        vae: another VAE: folder, hub id or file.
+        vae_dtype: a dtype, its name, or ``auto``, see ``pick_vae_dtype``.
+        zero_terminal_snr: ``yes``, ``no``, or ``auto`` as for ``prediction_type``.
+        offline: ask no network.
+        engine: how the work is laid onto the machine.
+        unet_form: ``dense``, or ``nf4``: the UNet is quantised on its way to the device.
 
     Raises:
         EnvironmentProblem: missing, or not an SDXL; IntegrityError: pickled, damaged or non-finite weights;
+        ConfigError: a file that does not say what its UNet predicts, or a VAE of another kind of model;
         ResourceError: it does not fit the device.
     """
-    folder = model_folder(path)
+    source = open_source(path, config=config, vae=vae, offline=offline)
     device = pick_device(device) if isinstance(device, str) else device
     dtype = pick_dtype(dtype, device) if isinstance(dtype, str) else dtype
-    with contextlib.suppress(ImportError):
-        import_bitsandbytes()
-    import diffusers
-    import transformers
-
-    quiet_progress_bars()
-    scheduler = _guard(folder / "scheduler", lambda: _scheduler(folder))
-    vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-    unet = load_part(diffusers.UNet2DConditionModel, folder / "unet", device, dtype)
-    return SdxlModel(
-        path=folder,
-        digest=model_digest(folder),
-        device=device,
-        dtype=dtype,
-        prediction_type=_prediction_type(scheduler, prediction_type, folder),
-        force_zeros_for_empty_prompt=_force_zeros(folder),
-        tokenizer=_guard(
-            folder / "tokenizer", lambda: transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        ),
-        tokenizer_2=_guard(
-            folder / "tokenizer_2", lambda: transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer_2")
-        ),
-        text_encoder=load_part(transformers.CLIPTextModel, folder / "text_encoder", device, dtype),
-        text_encoder_2=load_part(transformers.CLIPTextModelWithProjection, folder / "text_encoder_2", device, dtype),
-        unet=unet,
-        vae=load_part(diffusers.AutoencoderKL, folder / "vae", device, vae_dtype),
-        scheduler=scheduler,
-        unet_config=unet.config,
-    )
-
-
-def load_part(cls: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """One network of the folder in eval mode, without gradients, its weights checked for NaN and infinity."""
-    files = weight_files(folder)
-    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    if all(".fp16" in file.name for file in files):
-        options["variant"] = "fp16"
-    # transformers and diffusers name the same option differently.
-    options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = dtype
-    part: nn.Module = _guard(folder, lambda: cls.from_pretrained(folder, **options))
-    try:
-        part = part.to(device).eval().requires_grad_(False)
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            "The model does not fit into the GPU's memory",
-            where=str(folder),
-            why=str(error).splitlines()[0],
-            hint="free the GPU, or --set model.dtype=bfloat16, or --set model.device=cpu",
-        ) from error
-    for name, value in part.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise IntegrityError(
-                "A model's weight holds NaN or infinity", where=f"{folder} ({name})", hint="get the file again"
-            )
-    return part
+    if isinstance(vae_dtype, str):
+        vae_dtype = pick_vae_dtype(vae_dtype, dtype, own=vae is None)
+    model = SdxlModel(
+        source, device=device, dtype=dtype, vae_dtype=vae_dtype, prediction_type=prediction_type,
+        zero_terminal_snr=zero_terminal_snr, engine=engine, unet_form=unet_form,
+    )  # fmt: skip
+    source.check()
+    if model.resident:
+        model.use(*WEIGHTED)
+    return model
 
 
 def unload(model: SdxlModel) -> None:
-    """Free the networks' memory; ``model`` is of no use afterwards."""
-    for part in WEIGHTED:
+    """Free all networks' memory; the next use of one loads it again."""
+    for part in model.loaded:
         setattr(model, part, None)
     free_memory()
-
-
-def free_memory() -> None:
-    """Give memory of dropped networks back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _guard(where: Path, load: Callable[[], T]) -> T:
-    """Turn what a library raises on a bad file into an error a user can act on."""
-    try:
-        return load()
-    except CraftError:
-        raise
-    except Exception as error:
-        raise IntegrityError(
-            "A part of the model cannot be loaded",
-            where=str(where),
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            hint="get the model again, or check that its config.json belongs to its weights",
-        ) from error
-
-
-def _scheduler(folder: Path) -> Any:
-    import diffusers
-
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    cls = getattr(diffusers, config["_class_name"])
-    return cls.from_config(config)
-
-
-def _prediction_type(scheduler: Any, wanted: str, folder: Path) -> str:
-    found = str(scheduler.config.get("prediction_type", "epsilon")) if wanted == "auto" else wanted
-    if found not in PREDICTION_TYPES:
-        raise ConfigError(
-            "This kind of prediction is not supported",
-            where=str(folder / "scheduler"),
-            why=f"found {found!r}; allowed: {', '.join(PREDICTION_TYPES)}",
-            hint="--set model.prediction_type=epsilon, if the model was trained that way",
-        )
-    return found
-
-
-def _force_zeros(folder: Path) -> bool:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return True
-    return bool(json.loads(index.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
-
-
-def _fetch(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{part}/*.{suffix}" for part in PARTS for suffix in ("json", "txt")]
-    patterns += [f"{part}/*.safetensors" for part in WEIGHTED] + ["model_index.json"]
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*non_ema*"]))
-    except Exception as error:
-        raise EnvironmentProblem(
-            "The model is neither a folder nor to be had from the hub",
-            where=hub_id,
-            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            hint="check the name and the network, or set model.path to a local folder",
-        ) from error

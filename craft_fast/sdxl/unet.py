@@ -2,49 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from craft_fast.config import ModelSettings
 from craft_fast.errors import IntegrityError
-from craft_fast.sdxl.load import SdxlModel, free_memory, load_part, weight_files
+from craft_fast.sdxl.drawing_form import is_in_form, is_pristine, load_in_form
+from craft_fast.sdxl.load import SdxlModel, free_memory, load_part
+from craft_fast.sdxl.source import FolderPart, open_source, stored_shapes
 from craft_fast.store.safe_load import check_header
+
+__all__ = [
+    "ADAPTER_NAME",
+    "WEIGHTS_NAME",
+    "BaseUnet",
+    "base_unet",
+    "drawing_unet",
+    "is_pristine",
+    "pristine_unet",
+    "stored_shapes",
+    "tuned_unet",
+]
 
 ADAPTER_NAME = "craft"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
-def is_pristine(unet: Any) -> bool:
-    """Whether ``unet`` is as loaded: no quantised layers, no adapter, nothing set to train."""
-    if unet is None or getattr(unet, "peft_config", None):
-        return False
-    if any(type(module).__module__.startswith(("bitsandbytes", "peft")) for module in unet.modules()):
-        return False
-    return not any(parameter.requires_grad for parameter in unet.parameters())
-
-
 def pristine_unet(model: SdxlModel) -> Any:
-    """The unquantised UNet without adapter; read from disk again, and put in ``model``, if training changed it."""
-    import diffusers
+    """The dense UNet without adapter, which training starts from.
 
-    if not is_pristine(model.unet):
-        model.unet = None
-        free_memory()
-        model.unet = load_part(diffusers.UNet2DConditionModel, model.path / "unet", model.device, model.dtype)
+    Read from disk, and put in ``model``, if training has changed the one there, or pictures are drawn in another form.
+    """
+    _drop_unet_unless(model, is_pristine)
+    if "unet" not in model.loaded:
+        model.unet = model.source.load("unet", model.device, model.dtype)
     return model.unet
 
 
-def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name to shape of the weights in a part's folder, from the files' headers alone."""
-    from safetensors import safe_open
+def drawing_unet(model: SdxlModel) -> Any:
+    """The UNet in ``model.unet_form`` without adapter; loaded again, and put in ``model``, if training changed it."""
+    _drop_unet_unless(model, lambda unet: is_in_form(unet, model.unet_form))
+    return model.unet
 
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        check_header(path)
-        with safe_open(path, "pt") as file:
-            shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-    return shapes
+
+def _drop_unet_unless(model: SdxlModel, wanted: Callable[[Any], bool]) -> None:
+    if "unet" in model.loaded and not wanted(model.unet):
+        model.unet = None
+        free_memory()
+
+
+class BaseUnet(NamedTuple):
+    """What is known of a model's UNet without loading it.
+
+    Attributes:
+        where: its folder, or the model's file.
+        shapes: name to shape of its weights, in diffusers' naming.
+        config_json: content of its ``config.json``.
+    """
+
+    where: Path
+    shapes: dict[str, tuple[int, ...]]
+    config_json: bytes
+
+
+def base_unet(settings: ModelSettings) -> BaseUnet:
+    """The UNet that ``model`` names, from headers and configurations alone.
+
+    Raises:
+        EnvironmentProblem: missing, or not an SDXL; IntegrityError: pickled or damaged files.
+    """
+    source = open_source(settings.path, config=settings.config, offline=settings.offline, vae=settings.vae)
+    if isinstance(source.main, FolderPart):
+        folder = source.main.folder("unet")
+        return BaseUnet(folder, source.main.shapes("unet"), (folder / "config.json").read_bytes())
+    config = {"_class_name": "UNet2DConditionModel", **source.main.config("unet")}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return BaseUnet(source.path, source.main.shapes("unet"), text.encode())
 
 
 @contextmanager
@@ -52,7 +88,7 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
     """The UNet with an exported result in it, by the very calls a user of diffusers makes.
 
     Args:
-        model: its pristine UNet carries the LoRA inside the block and is clean again after it.
+        model: its drawing UNet carries the LoRA inside the block and is clean again after it.
         result: a LoRA file, loaded as ``pipe.load_lora_weights`` does, or a whole UNet (folder or weights in it).
 
     Raises:
@@ -65,7 +101,10 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
         folder = result if result.is_dir() else result.parent
         model.unet = None
         free_memory()
-        unet = load_part(diffusers.UNet2DConditionModel, folder, model.device, model.dtype)
+        unet = load_in_form(
+            lambda device: load_part(diffusers.UNet2DConditionModel, folder, device, model.dtype), model.unet_form,
+            device=model.device, dtype=model.dtype, where=folder,
+        )  # fmt: skip
         try:
             yield unet
         finally:
@@ -73,7 +112,7 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
             free_memory()
         return
     check_header(result)
-    unet = pristine_unet(model)
+    unet = drawing_unet(model)
     loader = diffusers.StableDiffusionXLPipeline
     try:
         state, alphas, metadata = loader.lora_state_dict(result, return_lora_metadata=True, use_safetensors=True)
@@ -83,7 +122,7 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
     except Exception as error:
         # A load that fails half way leaves some layers wrapped.
         model.unet = unet = None
-        pristine_unet(model)
+        drawing_unet(model)
         raise IntegrityError("The LoRA does not load", where=str(result), why=str(error)) from error
     try:
         yield unet.eval().requires_grad_(False)

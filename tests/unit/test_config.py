@@ -11,12 +11,10 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from craft_fast.config import GenerateSettings, RewardSettings, Settings, TrainSettings
+from craft_fast.config import EngineSettings, GenerateSettings, RewardSettings, Settings, TrainSettings
 from craft_fast.errors import ConfigError
 from craft_fast.settings_io import field_docs, load_settings, preset_names, render_yaml, section_digest
 from craft_fast.settings_yaml import dump_inline, parse_yaml
-
-QUALITY = {"sharp", "vivid", "clean"}
 
 
 def failing(**arguments: object) -> str:
@@ -30,41 +28,6 @@ def write(tmp_path: Path, text: str | bytes) -> Path:
     path = tmp_path / "settings.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-# ---- presets
-
-
-def test_both_presets_load_and_are_named() -> None:
-    assert preset_names() == ["sdxl", "tiny"]
-    assert load_settings("sdxl").generate.height_px == 1024
-    assert load_settings().model.path == "package:craft_fast.tiny/assets/sdxl"
-
-
-def test_unknown_preset_is_said_with_the_known_ones() -> None:
-    text = failing(preset="tinny")
-    assert "found 'tinny'" in text
-    assert "sdxl, tiny, none" in text
-
-
-def test_tiny_templates_each_hold_two_words_of_quality_in_varied_order() -> None:
-    expand = load_settings().expand
-    orders = [tuple(w for w in template.replace(",", "").split() if w in QUALITY) for template in expand.templates]
-    assert len(orders) >= 6
-    assert all(len(order) >= 2 for order in orders)
-    assert len(set(orders)) == len(orders)
-    assert expand.variants == 3
-
-
-def test_tiny_trains_on_h_p_a_and_holds_out_the_rest() -> None:
-    settings = load_settings()
-    assert [n for n, r in settings.rewards.items() if not r.held_out] == ["h", "p", "a"]
-    assert {n for n, r in settings.rewards.items() if r.held_out} == {
-        "image_reward",
-        "oracle_alignment",
-        "oracle_clean",
-        "oracle",
-    }
 
 
 # ---- layers
@@ -89,7 +52,9 @@ def test_file_may_name_its_preset(tmp_path: Path) -> None:
         ("train.learning_rate=3", "learning_rate", 3.0),
         ("train.min_snr_gamma=null", "min_snr_gamma", None),
         ("train.target_modules=[to_q, to_k]", "target_modules", ["to_q", "to_k"]),
-        ("train.gradient_checkpointing=true", "gradient_checkpointing", True),
+        ("train.gradient_checkpointing=true", "gradient_checkpointing", "all"),
+        ("train.gradient_checkpointing=false", "gradient_checkpointing", "none"),
+        ("train.gradient_checkpointing=auto", "gradient_checkpointing", "auto"),
     ],
 )
 def test_set_reads_yaml_values(option: str, key: str, value: object) -> None:
@@ -167,6 +132,20 @@ def test_numbers_must_be_finite(value: str) -> None:
         (["expand.templates=['{prompt} {mood}']"], "found {mood}; must be one of {prompt}, {background}"),
         (["expand.templates=[]"], "expand.templates: found none"),
         (["generate.width_px=100"], "must be a multiple of 8"),
+        (["generate.guidance_interval=[0.8, 0.2]"], "guidance_interval: found [0.8, 0.2]; must be [begin, end]"),
+        (["generate.guidance_interval=[0.5, 0.5]"], "with 0 <= begin < end <= 1"),
+        (["generate.guidance_interval=[-0.1, 1]"], "with 0 <= begin < end <= 1"),
+        (["generate.guidance_interval=[0, 1.5]"], "with 0 <= begin < end <= 1"),
+        (["generate.guidance_interval=[0.5]"], "generate.guidance_interval"),
+        (["generate.guidance_interval=[0.0, .nan]"], "generate.guidance_interval.1: found nan"),
+        (["train.nf4_convs=true", "train.method=lora"], "train.nf4_convs: found true with train.method lora"),
+        (["train.nf4_convs=true", "train.method=full"], "must be false, or train.method qlora"),
+        (["train.target_modules=[to_q, to_q]"], "train.target_modules: found ['to_q', 'to_q']"),
+        (["model.zero_terminal_snr=yes", "model.prediction_type=epsilon"], "model.zero_terminal_snr: found yes"),
+        (["train.gradient_checkpointing=1"], "train.gradient_checkpointing: found 1; must be 'auto', 'all' or 'none'"),
+        (["engine.vram_gib=0"], "engine.vram_gib: found 0; must be greater than 0"),
+        (["engine.residnet=never"], "did you mean engine.resident?"),
+        (["vram_gib=8"], "did you mean engine.vram_gib?"),
         (["model.device=gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["rewards.h.path="], "rewards.h.path: found nothing"),
         (["rewards.oracle.path=somewhere"], "must be module:callable"),
@@ -175,6 +154,31 @@ def test_numbers_must_be_finite(value: str) -> None:
 )
 def test_settings_that_contradict_one_another(options: list[str], said: str) -> None:
     assert said in failing(overrides=options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["train.nf4_convs=true", "train.method=qlora"],
+        ["train.nf4_convs=true", "train.method=auto"],
+        ["generate.guidance_interval=[0.2, 0.8]"],
+        ["generate.guidance_interval=[0, 1]"],
+        ["model.zero_terminal_snr=yes", "model.prediction_type=v_prediction"],
+        ["train.method=full", "engine.lora=fused"],
+    ],
+)
+def test_settings_that_go_together(options: list[str]) -> None:
+    load_settings(overrides=options)
+
+
+def test_settings_of_the_last_version_load() -> None:
+    """A run that was begun with 0.1.0 goes on: no engine section, and a bool that is a word now."""
+    path = Path(__file__).with_name("settings_0_1_0.yaml")
+    assert "engine:" not in path.read_text(encoding="utf-8")
+    found = load_settings(config=path)
+    assert (found.train.gradient_checkpointing, found.train.method, found.train.rank) == ("all", "qlora", 8)
+    assert found.engine == EngineSettings()
+    assert list(found.rewards) == ["h", "p", "image_reward"]
 
 
 def test_without_a_training_reward_there_is_nothing_to_weigh_by() -> None:
@@ -229,9 +233,10 @@ def test_a_byte_order_mark_and_crlf_are_no_matter(tmp_path: Path) -> None:
 # ---- rendering
 
 
-@pytest.mark.parametrize("preset", ["tiny", "sdxl"])
+@pytest.mark.parametrize("preset", preset_names())
 def test_rendered_yaml_reads_back_over_any_preset(tmp_path: Path, preset: str) -> None:
     settings = load_settings(preset, overrides=["rewards.a=null", "filter.rewards=[p]", "train.min_snr_gamma=null"])
+    assert load_settings(config=write(tmp_path, render_yaml(load_settings(preset)))) == load_settings(preset)
     path = write(tmp_path, render_yaml(settings))
     for other in ("tiny", "sdxl"):
         assert load_settings(other, path) == settings
@@ -248,6 +253,8 @@ def test_every_field_is_commented_with_meaning_unit_default_and_source() -> None
             assert any(f"unit: {doc.unit}" in c for c in comments)
         if doc.source:
             assert any(f"source: {doc.source}" in c for c in comments)
+    choices = next(lines[i - 1] for i, line in enumerate(lines) if line.strip().startswith("gradient_checkpointing:"))
+    assert "-- auto | all | none -- default: auto" in choices
     assert "default: 16" in next(lines[i - 1] for i, line in enumerate(lines) if line.strip().startswith("rank:"))
 
 
