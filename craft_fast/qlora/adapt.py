@@ -12,8 +12,9 @@ import torch
 import torch.utils.deterministic
 from torch import nn
 
+from craft_fast.qlora.lean import lean_activations
 from craft_fast.qlora.lora import add_lora, lora_parameters
-from craft_fast.qlora.nf4 import quantize_nf4
+from craft_fast.qlora.nf4 import place, quantize_nf4
 
 
 def prepare_unet(
@@ -25,33 +26,44 @@ def prepare_unet(
     lora_alpha: float,
     target_modules: Sequence[str],
     seed: int,
-    gradient_checkpointing: bool = False,
+    nf4_convs: bool = False,
+    fused_lora: bool = False,
+    lean: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, nn.Parameter]:
     """Make ``unet`` trainable in place and put it in training mode; all other weights are frozen.
 
     Args:
         unet: a pristine diffusers UNet.
         method: ``qlora``: NF4 base and LoRA; ``lora``: base as it is and LoRA; ``full``: every weight.
-        dtype: dtype of the base, and what NF4 weights are dequantised to.
+        dtype: dtype of the base (with ``full`` of what is trained), and what NF4 weights are dequantised to.
         rank: LoRA rank.
         lora_alpha: the LoRA's scale is ``lora_alpha / rank``.
         target_modules: name endings of the layers that get an adapter.
         seed: root seed of the adapter's initialisation.
-        gradient_checkpointing: recompute activations in backward.
+        nf4_convs: ``qlora``: convolutions in NF4 as well.
+        fused_lora: adapters by our op, over our own NF4 layers, instead of PEFT's modules over bitsandbytes'.
+        lean: blocks keep less for backward, to the same bits: see ``qlora.lean``.
+        device: where it is trained, None: where it is. A UNet on the CPU is quantised layer by layer on its way, so
+            a GPU never holds more of it than the quantised size and one dense layer.
 
     Returns:
         The trained parameters by name, in a stable order: LoRA weights in float32, or the UNet's own.
     """
+    if method == "qlora":
+        quantize_nf4(unet, compute_dtype=dtype, convs=nf4_convs, own_layers=fused_lora, device=device)
+    else:
+        place(unet, dtype=dtype, device=device)
     if method == "full":
         unet.requires_grad_(True)
         parameters = dict(sorted(unet.named_parameters()))
     else:
-        if method == "qlora":
-            quantize_nf4(unet, compute_dtype=dtype)
-        add_lora(unet, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed)
+        add_lora(
+            unet, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed, fused=fused_lora
+        )  # fmt: skip
         parameters = lora_parameters(unet)
-    if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    if lean:
+        lean_activations(unet)
     unet.train()
     return parameters
 
