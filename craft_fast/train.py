@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,26 +24,25 @@ from torch import Tensor
 from craft_fast import checkpoint
 from craft_fast.config import TrainSettings
 from craft_fast.errors import CraftError, IntegrityError, ResourceError
+from craft_fast.guards import StepWatch, memory_warning
 from craft_fast.losses import Batch, draw_batch, min_snr_weight, normalise_weights
 from craft_fast.progress import Progress, Silent
-from craft_fast.qlora.adapt import prepare_unet, repeatable_kernels
+from craft_fast.qlora.adapt import repeatable_kernels
+from craft_fast.qlora.engine import Choices, Trainee, decide, make_trainee
 from craft_fast.qlora.lora import load_parameters
-from craft_fast.qlora.optim import apply_update, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from craft_fast.qlora.step import Inputs, MicroBatch, Stepper
+from craft_fast.rng import derive_seed
 from craft_fast.sdxl.load import SdxlModel, free_memory
 from craft_fast.sdxl.schedule import alphas_cumprod
 from craft_fast.sdxl.text import add_time_ids
-from craft_fast.sdxl.unet import pristine_unet
-from craft_fast.store.run import Run, read_log
+from craft_fast.store.run import Run
+from craft_fast.store.step_log import StepLog
 from craft_kernels.dispatch import choose
-from craft_kernels.noise_and_target import noise_and_target
-from craft_kernels.weighted_noise_loss import weighted_noise_loss
 
 if TYPE_CHECKING:
     from craft_fast.cache import CachedSet  # the type alone: stages do not import one another
 
 MAX_SKIPS_IN_A_ROW = 3
-# Small gradients underflow in float16; a fixed power of two brings them into range and is divided out exactly.
-FLOAT16_LOSS_SCALE = 1024.0
 Samples = Callable[[int, Any], None]
 
 
@@ -85,19 +87,23 @@ def train(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     samples: Samples | None = None,
+    memory_bytes: float | None = None,
 ) -> TrainResult:
     """Train until ``settings.steps``, continuing from the newest good checkpoint of ``key``.
 
     Args:
         run: the open run; gets checkpoints and ``train_step`` events.
-        model: the SDXL. Its UNet is changed in place and left as trained; ``sdxl.unet.pristine_unet`` undoes that.
+        model: the SDXL, whose ``engine`` says how. Where its parts stay on the device, its UNet is changed in place and
+            left as trained; ``sdxl.unet.pristine_unet`` undoes that. Where they do not, they are freed.
         cached: the training set.
-        settings: the ``train`` section.
+        settings: the ``train`` section; ``method`` is not ``auto`` any more.
         seed: root of all randomness.
         key: the train stage's key; only its own checkpoints are continued.
         progress: told about each step, with loss.
         should_stop: asked before every step; True saves a checkpoint and returns.
-        samples: ``samples(step, unet)`` draws sample images every ``settings.sample_every`` steps, without gradients.
+        samples: ``samples(step, unet)`` draws sample images every ``settings.sample_every`` steps, without gradients;
+            ``samples.prepare()``, if it has that, is called before the UNet comes.
+        memory_bytes: what this process may use of the device, for ``gradient_checkpointing: auto``; None: not known.
 
     Raises:
         IntegrityError: a cached value that is not finite.
@@ -110,14 +116,14 @@ def train(
     if found is not None:
         checkpoint.settle(run, key, found, keep=settings.keep_checkpoints)
     state = _State(settings.micro_batch_size) if found is None else _restored_state(found)
-    log = _StepLog(run, key, state, settings)
+    log = StepLog(run, key, state.losses, state.grad_norms, lambda step: _rate(step, settings))
     if found is not None and found.step >= settings.steps:
         return TrainResult(found.adapter, state.losses, found.step, True, state.micro_batch_size)
-    unet, parameters, optimizer = _prepare(model, settings, seed)
+    if settings.sample_every and hasattr(samples, "prepare"):
+        samples.prepare()  # type: ignore[union-attr]
+    work = _Training(run, model, cached, settings, seed, state, progress, memory_bytes)
     if found is not None:
-        _restore(found, model, parameters, optimizer, progress)
-    objective = _Objective(model, unet, cached, settings)
-    global_batch = settings.micro_batch_size * settings.grad_accum_steps
+        work.restore(found)
     saved_at = state.step
 
     def save() -> None:
@@ -125,171 +131,228 @@ def train(
         if state.step > saved_at:
             meta = {name: value for name, value in vars(state).items() if name != "step"}
             checkpoint.save(
-                run, key=key, step=state.step, adapter=_to_cpu(parameters), optimizer=optimizer_tensors(optimizer),
-                meta={**meta, **_environment(model)}, keep=settings.keep_checkpoints,
+                run, key=key, step=state.step, adapter=_to_cpu(work.parameters),
+                optimizer=work.optimizer.state_tensors(), meta={**meta, **work.environment},
+                keep=settings.keep_checkpoints,
             )  # fmt: skip
             saved_at = state.step
 
-    with log, repeatable_kernels(model.device), progress.task("train", settings.steps, "steps") as task:
+    with closing(work), log, repeatable_kernels(model.device), progress.task("train", settings.steps, "steps") as task:
         task.advance(state.step)
         while state.step < settings.steps and not should_stop():
-            batch = draw_batch(
-                cached.sample_ids, seed=seed, step=state.step, timesteps=objective.timesteps, batch_size=global_batch,
-                prompt_dropout=settings.prompt_dropout,
-            )  # fmt: skip
-            loss, grad_norm = _optimizer_step(objective, batch, parameters, optimizer, state, settings, run, progress)
+            loss, grad_norm = work.step()
             state.step += 1
             state.losses.append(loss)
             state.grad_norms.append(grad_norm)
             log.write(state.step)
             task.advance(1, **({"loss": loss} if loss is not None else {}))
             # Before the checkpoint: a kill in between draws them again, the other way round it would lose them.
-            if settings.sample_every and state.step % settings.sample_every == 0:
-                _draw_samples(samples, state.step, unet, progress)
+            if samples is not None and settings.sample_every and state.step % settings.sample_every == 0:
+                work.draw(samples)
             if state.step % settings.checkpoint_every == 0 or state.step == settings.steps:
                 save()
         save()
-    finished = state.step >= settings.steps
-    return TrainResult(_to_cpu(parameters), state.losses, state.step, finished, state.micro_batch_size)
+        adapter = _to_cpu(work.parameters)
+    return TrainResult(adapter, state.losses, state.step, state.step >= settings.steps, state.micro_batch_size)
 
 
-# ---- one step
+def _rate(step: int, settings: TrainSettings) -> float:
+    """Learning rate of the step after ``step`` steps: linear to the whole, then constant."""
+    return settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
 
 
-def _optimizer_step(
-    objective: _Objective, batch: Batch, parameters: dict[str, Any], optimizer: Any, state: _State,
-    settings: TrainSettings, run: Run, progress: Progress,
-) -> tuple[float | None, float | None]:  # fmt: skip
-    """Loss and gradient norm of one step; both None when either was not finite and nothing was updated."""
+class _Training:
+    """What is trained, on the device, and its steps. To be closed: graphs hold memory."""
 
-    def halve() -> None:
-        _halve_micro_batch(state, run, progress)
-
-    loss, per_sample = _gradients(objective, batch, optimizer, state, halve)
-    norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
-    loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # the step's one wait for the device
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        optimizer.zero_grad(set_to_none=True)
-        _skipped(objective, batch, per_sample, state, run, progress)
-        return None, None
-    state.skips_in_a_row = 0
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * _warmup(state.step, settings)
-    apply_update(optimizer, on_out_of_memory=halve)
-    optimizer.zero_grad(set_to_none=True)
-    return loss_value, norm_value
-
-
-def _warmup(step: int, settings: TrainSettings) -> float:
-    """Share of the learning rate in the step after ``step`` steps: linear to 1."""
-    return min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-
-
-def _gradients(
-    objective: _Objective, batch: Batch, optimizer: Any, state: _State, halve: Callable[[], None]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the whole batch; when memory runs out, all of it again in smaller pieces: none is skipped."""
-    while True:
-        try:
-            parts = [objective(batch, rows) for rows in torch.arange(len(batch.rows)).split(state.micro_batch_size)]
-            objective.unscale(optimizer)
-            return torch.stack([loss for loss, _ in parts]).sum(), torch.cat([errors for _, errors in parts])
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad(set_to_none=True)
-        # Outside of `except`, whose traceback would keep the activations alive.
-        halve()
-
-
-def _halve_micro_batch(state: _State, run: Run, progress: Progress) -> None:
-    free_memory()
-    if state.micro_batch_size == 1:
-        raise ResourceError(
-            "Out of memory with a micro-batch of one sample.",
-            where=f"training step {state.step + 1}",
-            why="the gradients of a single sample do not fit beside the model",
-            hint="Set train.gradient_checkpointing: true, then train.method: qlora, then a smaller train.rank.",
-        )
-    state.micro_batch_size = (state.micro_batch_size + 1) // 2
-    progress.warn(f"Out of memory: micro-batch is {state.micro_batch_size} from here on, the global batch stays.")
-    run.log("train_out_of_memory", at_step=state.step + 1, micro_batch_size=state.micro_batch_size)
-
-
-def _skipped(
-    objective: _Objective, batch: Batch, per_sample: Tensor, state: _State, run: Run, progress: Progress
-) -> None:
-    state.skips_in_a_row += 1
-    bad = [objective.sample_ids[row] for row in batch.rows[~torch.isfinite(per_sample).cpu()].tolist()]
-    named = f" (samples {', '.join(bad[:3])})" if bad else ""
-    progress.warn(f"Step {state.step + 1}: loss or gradient is not finite{named}; nothing was updated.")
-    run.log("train_skipped", at_step=state.step + 1, samples=bad)
-    if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
-        raise CraftError(
-            f"{MAX_SKIPS_IN_A_ROW} training steps in a row gave no finite loss or gradient.",
-            where=f"training step {state.step + 1}",
-            why="training has diverged, or a weight or value in use is not finite",
-            hint="The last checkpoint is kept. Lower train.learning_rate, or set train.weighting: positive.",
-        )
-
-
-class _Objective:
-    """The loss of some rows of a batch, design.md section 1 item 6, and its gradient."""
-
-    def __init__(self, model: SdxlModel, unet: Any, cached: CachedSet, settings: TrainSettings) -> None:
-        self.unet, self.cached, self.device, self.dtype = unet, cached, model.device, model.dtype
-        self.prediction_type: Any = model.prediction_type
-        self.sample_ids = cached.sample_ids
+    def __init__(
+        self, run: Run, model: SdxlModel, cached: CachedSet, settings: TrainSettings, seed: int, state: _State,
+        progress: Progress, memory_bytes: float | None,
+    ) -> None:  # fmt: skip
+        self.run, self.settings, self.seed, self.state, self.progress = run, settings, seed, state, progress
+        self.sample_ids, self.device = cached.sample_ids, model.device
+        self.global_batch = settings.micro_batch_size * settings.grad_accum_steps
+        choices = decide(model.engine, method=settings.method, device=model.device, dtype=model.dtype)
+        self.environment = _environment(model.device) | choices.record()
+        self.trainee = _make_trainee(model, choices, settings, seed, cached, state, memory_bytes)
+        self.parameters, self.optimizer = self.trainee.parameters, self.trainee.optimizer
         schedule = alphas_cumprod(model)
         self.timesteps = len(schedule)
-        self.alphas_cumprod = schedule.to(self.device)
         lambdas = min_snr_weight(schedule, settings.min_snr_gamma, model.prediction_type)
-        self.timestep_weight = None if lambdas is None else lambdas.to(self.device)
-        self.weights = normalise_weights(cached.weights)
         h, w = (side * model.vae_scale_factor for side in cached.latents.shape[-2:])
-        self.add_time_ids = add_time_ids(h, w, device=self.device, dtype=self.dtype)
-        self.scale = FLOAT16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
-
-    def __call__(self, batch: Batch, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the gradient of ``part`` (positions in the batch) and return its share of the loss and its errors."""
-        rows, timesteps = batch.rows[part], batch.timesteps[part].to(self.device)
-        noised, target = noise_and_target(
-            self.cached.latents[rows].to(self.device), batch.noise_ids[part].to(self.device), self.alphas_cumprod,
-            timesteps, seed=batch.noise_seed, step=batch.step, prediction_type=self.prediction_type,
+        self.stepper = Stepper(
+            self.trainee.unet, self.optimizer, alphas_cumprod=schedule.to(self.device),
+            prediction_type=model.prediction_type,
+            timestep_weight=None if lambdas is None else lambdas.to(self.device),
+            add_time_ids=add_time_ids(h, w, device=self.device, dtype=model.dtype), dtype=model.dtype,
+            device=self.device, noise_seed=derive_seed(seed, "train", "noise"), record=choices.graph,
+            autocast=choices.autocast, on_fallback=partial(_tell_fallback, progress),
         )  # fmt: skip
-        text = torch.where(batch.dropped[part], self.cached.empty_index, self.cached.prompt_index[rows])
-        conditions = {
-            "text_embeds": self.cached.pooled_prompt_embeds[text].to(self.device, self.dtype),
-            "time_ids": self.add_time_ids.expand(len(rows), -1),
-        }
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            noise_pred = self.unet(
-                noised.to(self.dtype), timesteps, self.cached.prompt_embeds[text].to(self.device, self.dtype),
-                added_cond_kwargs=conditions, return_dict=False,
-            )[0]  # fmt: skip
-        loss, per_sample = weighted_noise_loss(
-            noise_pred, target, self.weights[rows].to(self.device), divisor=len(batch.rows),
-            timesteps=None if self.timestep_weight is None else timesteps, timestep_weight=self.timestep_weight,
+        self.inputs = Inputs(
+            latents=cached.latents, prompt_embeds=cached.prompt_embeds,
+            pooled_prompt_embeds=cached.pooled_prompt_embeds, prompt_index=cached.prompt_index,
+            empty_index=cached.empty_index, weights=normalise_weights(cached.weights), dtype=model.dtype,
+            device=self.device,
         )  # fmt: skip
-        (loss * self.scale).backward()
-        return loss.detach(), per_sample
+        self.ahead: tuple[Batch, MicroBatch] | None = None
+        self.fits = not self.optimizer.updates_in_backward
+        self.watch, self.memory_told = StepWatch(), False
 
-    def unscale(self, optimizer: Any) -> None:
-        """Divide the loss scale out of the gradients."""
-        if self.scale != 1.0:
-            for group in optimizer.param_groups:
-                torch._foreach_div_([p.grad for p in group["params"] if p.grad is not None], self.scale)
+    def close(self) -> None:
+        """Give the memory of graphs and prepared inputs back."""
+        self.ahead = None
+        self.stepper.release()
+
+    # ---- one step
+
+    def step(self) -> tuple[float | None, float | None]:
+        """Loss and gradient norm of one step; both None when either was not finite and nothing was updated."""
+        began, rate = time.perf_counter(), _rate(self.state.step, self.settings)
+        batch, loss, per_sample = self._gradients(rate)
+        norm = self.stepper.update(rate, on_out_of_memory=self._relieve)
+        # Drawn and sent while the device is busy with what is queued.
+        self._look_ahead()
+        loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # the step's one wait for it
+        self._watch(time.perf_counter() - began)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._skipped(batch, per_sample)
+            return None, None
+        self.state.skips_in_a_row = 0
+        return loss_value, norm_value
+
+    def _draw(self, step: int) -> tuple[Batch, MicroBatch]:
+        batch = draw_batch(
+            self.sample_ids, seed=self.seed, step=step, timesteps=self.timesteps, batch_size=self.global_batch,
+            prompt_dropout=self.settings.prompt_dropout,
+        )  # fmt: skip
+        return batch, self.inputs.select(batch)
+
+    def _look_ahead(self) -> None:
+        # Out of memory here is met again, and dealt with, in the next step.
+        with suppress(torch.OutOfMemoryError):
+            if self.state.step + 1 < self.settings.steps:
+                self.ahead = self._draw(self.state.step + 1)
+
+    def _gradients(self, rate: float) -> tuple[Batch, Tensor, Tensor]:
+        """Gradients of the whole batch; when memory runs out, all of it again with less: no sample is skipped."""
+        step, ahead = self.state.step, self.ahead
+        self.ahead = None
+        while True:
+            try:
+                ahead = ahead or self._draw(step)
+                batch, parts = ahead[0], ahead[1].split(self.state.micro_batch_size)
+                if not self.fits:
+                    # Updates in backward can not be taken back: a step without them shows first what fits.
+                    with self.optimizer.dry_run():
+                        self.stepper.gradients(parts[:2], step=step, divisor=self.global_batch, lr=rate)
+                    self.fits = True
+                return batch, *self.stepper.gradients(parts, step=step, divisor=self.global_batch, lr=rate)
+            except torch.OutOfMemoryError:
+                pass
+            # Outside of `except`, whose traceback would keep the activations alive.
+            self.stepper.zero_grad()
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """Need less memory from here on: recompute all, else halve the micro-batch, else record no graphs."""
+        self.stepper.release()
+        free_memory()
+        state = self.state
+        if self.trainee.recompute_all():
+            what = "all activations are computed again in backward"
+        elif state.micro_batch_size > 1:
+            state.micro_batch_size = (state.micro_batch_size + 1) // 2
+            what = f"micro-batch is {state.micro_batch_size}, the global batch stays"
+        elif self.stepper.stop_recording():
+            what = "steps run without a CUDA graph"
+        else:
+            raise ResourceError(
+                "Out of memory with a micro-batch of one sample.",
+                where=f"training step {state.step + 1}",
+                why="the gradients of a single sample do not fit beside the model, all activations computed again",
+                hint="Set train.method: qlora, then train.nf4_convs: true, then a smaller train.rank; "
+                "`craft-fast plan` says what fits.",
+            )
+        self.progress.warn(f"Out of memory: from here on {what}.")
+        self.run.log(
+            "train_out_of_memory", at_step=state.step + 1, micro_batch_size=state.micro_batch_size, change=what
+        )
+
+    def _skipped(self, batch: Batch, per_sample: Tensor) -> None:
+        state = self.state
+        state.skips_in_a_row += 1
+        bad = [self.sample_ids[row] for row in batch.rows[~torch.isfinite(per_sample).cpu()].tolist()]
+        named = f" (samples {', '.join(bad[:3])})" if bad else ""
+        self.progress.warn(f"Step {state.step + 1}: loss or gradient is not finite{named}; nothing was updated.")
+        self.run.log("train_skipped", at_step=state.step + 1, samples=bad)
+        if state.skips_in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise CraftError(
+                f"{MAX_SKIPS_IN_A_ROW} training steps in a row gave no finite loss or gradient.",
+                where=f"training step {state.step + 1}",
+                why="training has diverged, or a weight or value in use is not finite",
+                hint="The last checkpoint is kept. Lower train.learning_rate, or set train.weighting: positive.",
+            )
+
+    # ---- around the steps
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint: values are copied into the tensors that are there."""
+        load_parameters(self.parameters, found.adapter, where=str(found.folder))
+        self.optimizer.load_state_tensors(found.optimizer, where=str(found.folder))
+        self.progress.info(f"Training continues after step {found.step}.")
+        changed = {name: now for name, now in self.environment.items() if found.meta.get(name) != now}
+        if changed:
+            self.progress.warn(f"Not bit-identical to an unbroken run, since these are new: {changed}")
+
+    def draw(self, samples: Samples) -> None:
+        """Sample images of the UNet as it is; training goes on without them where they do not fit."""
+        unet, step = self.trainee.unet, self.state.step
+        self.stepper.zero_grad()
+        for last in (False, True) if self.stepper.record else (True,):
+            unet.eval()
+            try:
+                with torch.no_grad():
+                    samples(step, unet)
+                return
+            except torch.OutOfMemoryError:
+                pass
+            finally:
+                unet.train()
+            if last:
+                self.progress.warn(f"Out of memory while drawing sample images at step {step}; training goes on.")
+            else:
+                self.stepper.release()  # graphs keep what their steps need; they are recorded again in some steps
+
+    def _watch(self, seconds: float) -> None:
+        """Tell when the driver moves memory out of the card; there is nothing to tell about a CPU."""
+        if self.device.type != "cuda" or not self.stepper.settled:
+            return
+        notes = [self.watch.observe(seconds)]
+        if not self.memory_told:
+            self.memory_told = True
+            notes.append(
+                memory_warning(
+                    allocated_bytes=torch.cuda.max_memory_allocated(self.device),
+                    reserved_bytes=torch.cuda.memory_reserved(self.device),
+                    total_bytes=torch.cuda.get_device_properties(self.device).total_memory,
+                )
+            )
+        for note in filter(None, notes):
+            self.progress.warn(note)
 
 
-# ---- state, log and samples
+# ---- before and after
 
 
-def _prepare(model: SdxlModel, settings: TrainSettings, seed: int) -> tuple[Any, dict[str, Any], Any]:
+def _make_trainee(
+    model: SdxlModel, choices: Choices, settings: TrainSettings, seed: int, cached: CachedSet, state: _State,
+    memory_bytes: float | None,
+) -> Trainee:  # fmt: skip
+    h, w = cached.latents.shape[-2:]
     try:
-        unet = pristine_unet(model)
-        parameters = prepare_unet(
-            unet, method=settings.method, dtype=model.dtype, rank=settings.rank, lora_alpha=settings.lora_alpha,
-            target_modules=settings.target_modules, seed=seed, gradient_checkpointing=settings.gradient_checkpointing,
+        return make_trainee(
+            model, choices, settings, seed=seed, latent_size=(h, w), tokens=cached.prompt_embeds.shape[1],
+            micro_batch_size=state.micro_batch_size, memory_bytes=memory_bytes,
         )  # fmt: skip
-        optimizer = make_optimizer(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             "Out of memory before the first training step.",
@@ -297,7 +360,6 @@ def _prepare(model: SdxlModel, settings: TrainSettings, seed: int) -> tuple[Any,
             why=str(error).splitlines()[0],
             hint="Set train.method: qlora, or a smaller train.rank, or close other programs on this device.",
         ) from error
-    return unet, parameters, optimizer
 
 
 def _restored_state(found: checkpoint.Checkpoint) -> _State:
@@ -305,27 +367,20 @@ def _restored_state(found: checkpoint.Checkpoint) -> _State:
     return _State(step=found.step, **{name: found.meta[name] for name in names})
 
 
-def _restore(
-    found: checkpoint.Checkpoint, model: SdxlModel, parameters: dict[str, Any], optimizer: Any, progress: Progress
-) -> None:
-    load_parameters(parameters, found.adapter, where=str(found.folder))
-    load_optimizer_tensors(optimizer, found.optimizer, where=str(found.folder))
-    progress.info(f"Training continues after step {found.step}.")
-    changed = {name: now for name, now in _environment(model).items() if found.meta.get(name) != now}
-    if changed:
-        progress.warn(f"Not bit-identical to an unbroken run, since these are new: {changed}")
-
-
-def _environment(model: SdxlModel) -> dict[str, str]:
-    """What bit-identity depends on besides the settings."""
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+def _environment(device: torch.device) -> dict[str, str]:
+    """What bit-identity depends on besides the settings and the engine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     names = ["torch", "bitsandbytes", "peft", "diffusers"]
     # The form that craft_kernels' ops take, and what compiles them: their last bits depend on both.
-    kernels = choose("auto", torch.empty(0, device=model.device))
+    kernels = choose("auto", torch.empty(0, device=device))
     if kernels == "triton":
         names.append("triton")
     versions = {name: importlib.metadata.version(name) for name in names}
-    return {"device": device, "threads": str(torch.get_num_threads()), "kernels": kernels, **versions}
+    return {"device": name, "threads": str(torch.get_num_threads()), "kernels": kernels, **versions}
+
+
+def _tell_fallback(progress: Progress, why: str) -> None:
+    progress.warn(f"The training step could not be recorded as a CUDA graph, and runs without: {why}")
 
 
 def _to_cpu(parameters: dict[str, Any]) -> dict[str, Tensor]:
@@ -343,58 +398,3 @@ def _refuse_non_finite(cached: CachedSet) -> None:
             else f"text rows {torch.nonzero(~texts).flatten().tolist()[:3]}",
             hint="Type `craft-fast verify`, then `craft-fast cache`: damaged entries are made again.",
         )
-
-
-def _draw_samples(samples: Samples | None, step: int, unet: Any, progress: Progress) -> None:
-    if samples is None:
-        return
-    unet.eval()
-    try:
-        with torch.no_grad():
-            samples(step, unet)
-    except torch.OutOfMemoryError:
-        progress.warn(f"Out of memory while drawing sample images at step {step}; training goes on without them.")
-    finally:
-        unet.train()
-
-
-class _StepLog:
-    """Writes each step once to ``log.jsonl``, and to TensorBoard where that is installed.
-
-    Steps that a killed process had logged after its last checkpoint are done again, bit-identically, and not logged
-    again; steps that a checkpoint knows and the log lost are logged from the checkpoint.
-    """
-
-    def __init__(self, run: Run, key: str, state: _State, settings: TrainSettings) -> None:
-        self.run, self.key, self.state, self.settings = run, key[:16], state, settings
-        self.logged = {
-            e.get("step") for e in read_log(run) if e.get("event") == "train_step" and e.get("key") == self.key
-        }
-        self.board: Any = None
-        for step in range(1, state.step + 1):
-            self.write(step)
-
-    def write(self, step: int) -> None:
-        loss, grad_norm = self.state.losses[step - 1], self.state.grad_norms[step - 1]
-        rate = self.settings.learning_rate * _warmup(step - 1, self.settings)
-        if step not in self.logged:
-            self.run.log("train_step", key=self.key, step=step, loss=loss, grad_norm=grad_norm, learning_rate=rate)
-            self.logged.add(step)
-        if self.board is not None and loss is not None:
-            for name, value in (("loss", loss), ("grad_norm", grad_norm), ("learning_rate", rate)):
-                self.board.add_scalar(f"train/{name}", value, step)
-
-    def __enter__(self) -> None:
-        self.board = _tensorboard(self.run, purge_step=self.state.step + 1)
-
-    def __exit__(self, *_: object) -> None:
-        if self.board is not None:
-            self.board.close()
-
-
-def _tensorboard(run: Run, *, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run.path("tensorboard")), purge_step=purge_step)

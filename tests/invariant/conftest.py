@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from craft_fast.cache import CachedSet
-from craft_fast.config import TrainSettings
+from craft_fast.config import EngineSettings, TrainSettings
 from craft_fast.sdxl.load import SdxlModel, load_sdxl
 from craft_fast.store.run import open_run, read_log
 from craft_fast.tiny.random_model import build_random_sdxl
-from craft_fast.train import TrainResult, train
+
+if TYPE_CHECKING:
+    from craft_fast.train import TrainResult
 
 KEY = "5" * 64
 
@@ -100,11 +101,17 @@ class Trainer:
         self.unet = self.model.unet  # never trained itself
 
     def __call__(self, *, cached: CachedSet | None = None, stop_at: int | None = None, **settings: Any) -> TrainResult:
-        extra = {name: settings.pop(name) for name in ("samples",) if name in settings}
+        # Not at the top: it brings Triton, which must not come before its interpreter is asked for.
+        from craft_fast.train import train
+
+        extra = {name: settings.pop(name) for name in ("samples", "memory_bytes") if name in settings}
+        engine = EngineSettings(**settings.pop("engine", {}))
         options = {"method": "qlora", "rank": 4, "steps": 4, "micro_batch_size": 4, "learning_rate": 1e-3, **settings}
         step = iter(range(len(self.events("train_step")), 10**6))
         if self.model is not None:  # a fresh copy of the UNet, which is quicker than reading it from disk again
-            self.model = dataclasses.replace(self.model, unet=copy.deepcopy(self.unet))
+            self.model = copy.copy(self.model)
+            self.model._parts = {**self.model._parts, "unet": copy.deepcopy(self.unet)}
+            self.model.engine, self.model.resident = engine, engine.resident != "never"
         with open_run(self.root, create=True) as run:
             return train(
                 run, self.model, cached or self.cached, settings=TrainSettings(**options), seed=self.seed, key=KEY,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from craft_fast import train as train_module
+from craft_fast.qlora.optim import BitsAndBytesOptimizer
 from craft_fast.store.safe_load import load_safetensors
 
 STEPS = 7
@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"method": "qlora", **MIXED},
     "lora": {"method": "lora", **MIXED},
     "full": {"method": "full"},
+    "fused, flat": {"method": "qlora", **MIXED, "engine": {"lora": "fused", "optimizer": "flat"}},
 }
 
 
@@ -41,7 +42,9 @@ def assert_same(one: Any, other: Any) -> None:
         assert torch.equal(one.adapter[name], other.adapter[name]), name
 
 
-@pytest.mark.parametrize(("method", "stops"), [("qlora", [1, 3, 5, 6]), ("lora", [2]), ("full", [2])])
+@pytest.mark.parametrize(
+    ("method", "stops"), [("qlora", [1, 3, 5, 6]), ("lora", [2]), ("full", [2]), ("fused, flat", [4])]
+)
 def test_stopped_run_ends_like_an_unbroken_one(trainer: Any, method: str, stops: Any) -> None:
     whole = trainer("whole")
     expected = whole(**common(**METHODS[method]))
@@ -114,7 +117,7 @@ def test_lost_optimizer_state_shows(trainer: Any, monkeypatch: pytest.MonkeyPatc
     expected = trainer("whole")(**common())
     broken = trainer("forgetful")
     broken(stop_at=4, **common())
-    monkeypatch.setattr(train_module, "load_optimizer_tensors", lambda *_, **__: None)
+    monkeypatch.setattr(BitsAndBytesOptimizer, "load_state_tensors", lambda *_, **__: None)
     result = broken(**common())
     assert result.losses[:4] == expected.losses[:4]
     assert any(not torch.equal(result.adapter[name], expected.adapter[name]) for name in expected.adapter)
@@ -126,6 +129,26 @@ def test_another_library_version_is_said(trainer: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     run(stop_at=3, **common())
     assert any("Not bit-identical" in line and "77" in line for line in run.listener.warnings)
+
+
+def test_another_engine_is_said(trainer: Any) -> None:
+    run = trainer()
+    run(stop_at=2, **common())
+    run(stop_at=3, **common())
+    assert not any("Not bit-identical" in line for line in run.listener.warnings)
+    run(stop_at=4, **common(engine={"lora": "peft"}))
+    (warning,) = [line for line in run.listener.warnings if "Not bit-identical" in line]
+    assert "'engine.lora': 'peft'" in warning
+    assert "optimizer" not in warning
+
+
+def test_a_state_of_one_optimizer_continues_in_another(trainer: Any) -> None:
+    expected = trainer("whole")(**common(**METHODS["lora"]))
+    run = trainer("changed")
+    run(stop_at=3, **common(**METHODS["lora"]))
+    result = run(**common(**METHODS["lora"], engine={"optimizer": "flat"}))
+    assert result.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert any("'engine.optimizer': 'flat'" in line for line in run.listener.warnings)
 
 
 def test_checkpoint_holds_history_and_environment(trainer: Any) -> None:
