@@ -218,6 +218,7 @@ def _encode(
 ) -> dict[str, dict[str, Tensor]]:
     folder = run.path("cache", key[:16])
     entries: dict[str, dict[str, Tensor]] = {}
+    model.use("text_encoder", "text_encoder_2")
     with progress.task("text cache", len(prompts), "prompts") as task:
         for start in range(0, len(prompts), _BLOCK):
             refs: dict[str, FileRef] = {}
@@ -227,6 +228,7 @@ def _encode(
                     refs[_entry_id(prompt)] = _write(run, folder, prompt, entries[prompt])
             run.manifest.put_files(FILES_KIND, key, refs)
             task.advance(len(refs))
+    model.rest()  # what comes next is training, which needs another part
     return entries
 
 

@@ -2,19 +2,23 @@
 
 A block of groups is cut into fixed chunks; a chunk is denoised together, written, and only then recorded. Chunks
 depend on the groups and the batch size alone, never on what is already done, so a resumed run makes the same bytes.
+The prompts of all chunks are encoded first, so that each of the model's parts is needed in one phase of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from craft_fast.config import GenerateSettings
 from craft_fast.progress import Progress, Silent
 from craft_fast.records import Candidate, FileRef, Group, Variant
 from craft_fast.rng import derive_seed
+from craft_fast.sdxl.drawing import Drawn, Job, KeptLatents, draw_jobs, encode_jobs
 from craft_fast.sdxl.load import SdxlModel
-from craft_fast.sdxl.sampling import Drawn, draw
-from craft_fast.sdxl.vae import png_bytes
+from craft_fast.sdxl.text import PromptEmbeds
+from craft_fast.sdxl.unet import drawing_unet
+from craft_fast.sdxl.vae import Concessions, png_bytes
 from craft_fast.store import atomic
 from craft_fast.store.digest import digest_json
 from craft_fast.store.run import Run
@@ -32,6 +36,7 @@ def generate(
     key: str,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    concessions: Concessions | None = None,
 ) -> list[Candidate]:
     """Make the candidates of ``groups`` that the run does not have yet.
 
@@ -44,32 +49,70 @@ def generate(
         seed: the run's seed.
         key: the generate stage's key.
         progress: told about images done.
-        should_stop: asked between chunks; when true, what is done is returned.
+        should_stop: asked between chunks; when true, what is denoised by then is finished and returned.
+        concessions: to memory and precision, of the whole run.
 
     Returns:
         Candidates of ``groups`` in group and member order; all of them unless stopped.
+
+    Raises:
+        ResourceError: one image does not fit. CraftError: NaN or infinity came out.
     """
-    progress = progress or Silent()
+    progress, concessions = progress or Silent(), concessions or Concessions()
     done = {(row.prompt_id, row.member): row for row in run.manifest.candidates(key) if _files_there(run, row)}
-    images = sum(len(group.variants) for group in groups)
+    missing = [
+        chunk
+        for chunk in chunks(groups, settings.batch_size)
+        if not all((v.prompt_id, v.member) in done for v in _variants(chunk))
+    ]
     cut: list[str] = []
-    with progress.task("generate", images, "images") as task:
-        for chunk in chunks(groups, settings.batch_size):
-            size = sum(len(group.variants) for group in chunk)
-            if not all((v.prompt_id, v.member) in done for group in chunk for v in group.variants):
-                if should_stop():
-                    break
-                rows, truncated = _generate_chunk(run, model, chunk, settings, seed, key)
-                cut += truncated
-                done.update({(row.prompt_id, row.member): row for row in rows})
-            task.advance(size)
+    at_once = concessions.images_at_once
+
+    def write(number: int, drawn: Drawn) -> None:
+        chunk = missing[number]
+        rows = _write(run, chunk, [noise_seed(seed, v, settings.noise) for v in _variants(chunk)], drawn, key)
+        run.manifest.put_candidates(key, rows)
+        cut.extend(v.text for v, is_cut in zip(_variants(chunk), drawn.truncated, strict=True) if is_cut)
+        done.update({(row.prompt_id, row.member): row for row in rows})
+
+    with progress.task("generate", len(_variants(groups)), "images") as task:
+        if already := len(_variants(groups)) - sum(len(_variants(chunk)) for chunk in missing):
+            task.advance(already)
+        if missing and not should_stop():
+            jobs, negative = _jobs(model, missing, settings, seed, progress)
+            first = iter([False])  # asked already
+            draw_jobs(
+                model, jobs, negative, settings=settings, done=write, unet=lambda: nullcontext(drawing_unet(model)),
+                kept=KeptLatents(run, key), concessions=concessions, progress=progress, task=task,
+                should_stop=lambda: next(first, None) is None and should_stop(),
+            )  # fmt: skip
+    if concessions.images_at_once != at_once:
+        run.log("images_at_once", asked=settings.batch_size, used=concessions.images_at_once)
     if cut:
         limit = model.tokenizer.model_max_length
         progress.warn(
             f"{len(cut)} prompts are longer than the model's {limit} tokens; their ends are not seen: {cut[0]!r}"
         )
-    members = [(v.prompt_id, v.member) for group in groups for v in group.variants]
+    members = [(v.prompt_id, v.member) for v in _variants(groups)]
     return [done[member] for member in members if member in done]
+
+
+def _variants(groups: Sequence[Group]) -> list[Variant]:
+    return [variant for group in groups for variant in group.variants]
+
+
+def _jobs(
+    model: SdxlModel, missing: Sequence[Sequence[Group]], settings: GenerateSettings, seed: int, progress: Progress
+) -> tuple[list[Job], PromptEmbeds]:
+    """A job for each chunk, its text encoded."""
+    variants = [_variants(chunk) for chunk in missing]
+    texts = [[v.text for v in some] for some in variants]
+    embeds, negative = encode_jobs(model, texts, settings.negative_prompt, progress=progress)
+    jobs = []
+    for some, text in zip(variants, embeds, strict=True):
+        seeds = [noise_seed(seed, v, settings.noise) for v in some]
+        jobs.append(Job(digest_json([[v.text, s] for v, s in zip(some, seeds, strict=True)]), text, seeds))
+    return jobs, negative
 
 
 def chunks(groups: Sequence[Group], batch_size: int) -> list[list[Group]]:
@@ -91,18 +134,6 @@ def noise_seed(seed: int, variant: Variant, noise: str) -> int:
     if noise == "shared":
         return derive_seed(seed, "generate", variant.prompt_id)
     return derive_seed(seed, "generate", variant.prompt_id, variant.member)
-
-
-def _generate_chunk(
-    run: Run, model: SdxlModel, chunk: Sequence[Group], settings: GenerateSettings, seed: int, key: str
-) -> tuple[list[Candidate], list[str]]:
-    variants = [variant for group in chunk for variant in group.variants]
-    seeds = [noise_seed(seed, variant, settings.noise) for variant in variants]
-    drawn = draw(model, [variant.text for variant in variants], seeds, settings=settings)
-    truncated = [variant.text for variant, is_cut in zip(variants, drawn.truncated, strict=True) if is_cut]
-    candidates = _write(run, chunk, seeds, drawn, key)
-    run.manifest.put_candidates(key, candidates)
-    return candidates, truncated
 
 
 def _write(run: Run, chunk: Sequence[Group], seeds: Sequence[int], drawn: Drawn, key: str) -> list[Candidate]:

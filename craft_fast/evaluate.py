@@ -1,13 +1,16 @@
 """Evaluate: held-out prompts, same noise, base against tuned, every reward; and sample pictures during training.
 
 The tuned pictures come from the exported file, loaded the way a user loads it. Base pictures and scores do not
-depend on the training, so runs of other settings in the same folder find them done.
+depend on the training, so runs of other settings in the same folder find them done. Text is encoded first, for both
+sides; then come the base pictures, the tuned ones, and the rewards, each of them a phase of the device's memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +22,11 @@ from craft_fast.errors import ConfigError, CraftError, Interrupted, ResourceErro
 from craft_fast.progress import Progress, Silent, Task
 from craft_fast.records import EvalRow, FileRef, Prompt
 from craft_fast.rng import derive_seed
+from craft_fast.sdxl.drawing import Drawn, Job, KeptLatents, UnetContext, draw_jobs, encode_jobs
 from craft_fast.sdxl.load import SdxlModel
-from craft_fast.sdxl.sampling import draw
-from craft_fast.sdxl.unet import pristine_unet, tuned_unet
-from craft_fast.sdxl.vae import png_bytes
+from craft_fast.sdxl.text import PromptEmbeds
+from craft_fast.sdxl.unet import drawing_unet, tuned_unet
+from craft_fast.sdxl.vae import Concessions, png_bytes
 from craft_fast.store import atomic
 from craft_fast.store.digest import digest_json
 from craft_fast.store.run import Run
@@ -34,9 +38,10 @@ if TYPE_CHECKING:
 Side = Literal["base", "tuned"]
 _SCORE_BATCH = 64
 _KEEP_BYTES = 512 * 1024**2
-# What decides a picture, next to model, prompt and seed; budgets and the noise of groups do not.
+# What decides a picture, next to model, its UNet's form, prompt and seed; budgets and the noise of groups do not.
 _PICTURE_SETTINGS = {
-    "scheduler", "num_inference_steps", "guidance_scale", "negative_prompt", "height_px", "width_px", "batch_size",
+    "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "negative_prompt", "height_px",
+    "width_px", "batch_size",
 }  # fmt: skip
 
 
@@ -54,6 +59,7 @@ def evaluate(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     extra: Mapping[str, Any] | None = None,
+    concessions: Concessions | None = None,
 ) -> list[EvalRow]:
     """Draw, score and compare; what an interrupted call has done is not done again.
 
@@ -73,6 +79,7 @@ def evaluate(
         progress: told about pictures and scores.
         should_stop: asked between batches.
         extra: written with the means to the run's log, for whoever reads it.
+        concessions: to memory and precision, of the whole run.
 
     Returns:
         One row a reward, in the order of ``rewards``.
@@ -86,11 +93,13 @@ def evaluate(
         raise ConfigError("There are no held-out prompts to evaluate on", where="prompts.heldout_file")
     if len(chosen) < settings.prompts:
         progress.warn(f"Only {len(chosen)} held-out prompts; evaluate.prompts asks for {settings.prompts}")
-    work = _Work(run, model, chosen, generate_settings, seed, key, progress, should_stop)
+    work = _Work(run, model, chosen, generate_settings, seed, key, progress, should_stop, concessions or Concessions())
     with progress.task("draw pairs", 2 * len(chosen), "images") as task:
+        work.encode()
         # While training has left another UNet in the model, it is read again only if a base picture is missing.
-        work.pictures("base", task, lambda: pristine_unet(model))
-        work.tuned_pictures(result, task)
+        work.pictures("base", task, lambda: nullcontext(drawing_unet(model)))
+        work.pictures("tuned", task, lambda: tuned_unet(model, result))
+    model.rest()  # the rewards' phase
     scores = work.scores(rewards)
     held_out = {reward.name: reward.held_out for reward in rewards}
     rows = paired_rows(
@@ -161,10 +170,16 @@ class _Work:
         key: str,
         progress: Progress,
         should_stop: Callable[[], bool],
+        concessions: Concessions,
     ) -> None:
         self.run, self.model, self.prompts = run, model, prompts
         self.settings, self.seed, self.key = settings, seed, key
-        self.progress, self.should_stop = progress, should_stop
+        self.progress, self.should_stop, self.concessions = progress, should_stop, concessions
+        size = settings.batch_size
+        self.batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        # By batch: its text, where something is to be drawn.
+        self.texts: dict[int, PromptEmbeds] = {}
+        self.negative: PromptEmbeds | None = None
         # Pictures read for one reward are there for the next, as far as memory is cheap.
         self.images: dict[str, torch.Tensor] = {}
         self.image_bytes = 0
@@ -173,14 +188,14 @@ class _Work:
         pictures = [
             model.digest,
             model.prediction_type,
-            str(model.dtype),
+            [str(model.dtype), str(model.vae_dtype), model.unet_form],
             settings.model_dump(include=_PICTURE_SETTINGS),
         ]
         self.picture_key: dict[Side, str] = {"base": digest_json([*pictures, seed, ids]), "tuned": key}
 
     def _stop_if_asked(self) -> None:
         if self.should_stop():
-            raise Interrupted("The evaluation was stopped; what is done is kept", hint="the same command continues")
+            raise _stopped()
 
     # ---- pictures
 
@@ -189,36 +204,54 @@ class _Work:
         files = self.run.manifest.files(f"eval_{side}", self.picture_key[side])
         return {name: ref for name, ref in files.items() if _is_there(self.run.path(ref.path), ref)}
 
-    def tuned_pictures(self, result: Path, task: Task) -> None:
-        """Draw what is missing of the tuned side, the exported result loaded only if something is."""
-        files = self._files("tuned")
-        if all(prompt.prompt_id in files for prompt in self.prompts):
-            task.advance(len(self.prompts))
-            return
-        with tuned_unet(self.model, result) as unet:
-            self.pictures("tuned", task, lambda: unet)
-
-    def pictures(self, side: Side, task: Task, unet: Callable[[], Any]) -> None:
-        """Draw what is missing, in fixed batches; record a batch once its files are written."""
+    def _missing(self, side: Side) -> list[int]:
+        """Batches of which a picture is not there."""
         files = self._files(side)
-        size = self.settings.batch_size
-        for start in range(0, len(self.prompts), size):
-            batch = self.prompts[start : start + size]
-            if any(prompt.prompt_id not in files for prompt in batch):
-                self._stop_if_asked()
-                self._draw(side, batch, unet())
-            task.advance(len(batch))
+        return [i for i, batch in enumerate(self.batches) if any(p.prompt_id not in files for p in batch)]
+
+    def encode(self) -> None:
+        """The text of every batch that lacks pictures, for both sides."""
+        wanted = sorted({*self._missing("base"), *self._missing("tuned")})
+        if wanted:
+            texts = [[prompt.text for prompt in self.batches[i]] for i in wanted]
+            embeds, self.negative = encode_jobs(
+                self.model, texts, self.settings.negative_prompt, progress=self.progress
+            )
+            self.texts = dict(zip(wanted, embeds, strict=True))
+
+    def pictures(self, side: Side, task: Task, unet: UnetContext) -> None:
+        """Draw what is missing, in fixed batches; record a batch once its files are written."""
+        missing = self._missing(side)
+        if already := sum(len(batch) for i, batch in enumerate(self.batches) if i not in missing):
+            task.advance(already)
+        if missing:
+            self._draw(side, missing, task, unet)
         if side == "base":
             self.run.manifest.put_files("eval_base", self.key, self._files("base"))
 
-    def _draw(self, side: Side, batch: Sequence[Prompt], unet: Any) -> None:
-        seeds = [derive_seed(self.seed, "evaluate", prompt.prompt_id) for prompt in batch]
-        drawn = draw(self.model, [prompt.text for prompt in batch], seeds, settings=self.settings, unet=unet)
-        folder = f"samples/eval/{side}-{self.picture_key[side][:12]}"
-        names = [prompt.prompt_id for prompt in batch]
-        self.run.manifest.put_files(
-            f"eval_{side}", self.picture_key[side], write_pictures(self.run, folder, names, drawn.images)
-        )
+    def _draw(self, side: Side, missing: Sequence[int], task: Task, unet: UnetContext) -> None:
+        key = self.picture_key[side]
+        assert self.negative is not None
+        jobs = []
+        for i in missing:
+            ids = [prompt.prompt_id for prompt in self.batches[i]]
+            seeds = [derive_seed(self.seed, "evaluate", name) for name in ids]
+            jobs.append(Job(digest_json([side, ids, seeds]), self.texts[i], seeds))
+        left = set(missing)
+
+        def write(number: int, drawn: Drawn) -> None:
+            names = [prompt.prompt_id for prompt in self.batches[missing[number]]]
+            files = write_pictures(self.run, f"samples/eval/{side}-{key[:12]}", names, drawn.images)
+            self.run.manifest.put_files(f"eval_{side}", key, files)
+            left.discard(missing[number])
+
+        draw_jobs(
+            self.model, jobs, self.negative, settings=self.settings, done=write, unet=unet,
+            kept=KeptLatents(self.run, key), concessions=self.concessions, progress=self.progress, task=task,
+            should_stop=self.should_stop,
+        )  # fmt: skip
+        if left:
+            raise _stopped()
 
     # ---- scores
 
@@ -263,6 +296,10 @@ class _Work:
         self.run.manifest.put_eval_scores(key, [(side, name, reward, value) for name, value in scores.items()])
 
 
+def _stopped() -> Interrupted:
+    return Interrupted("The evaluation was stopped; what is done is kept", hint="the same command continues")
+
+
 def _judge(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
     values = [float(value) for value in reward.score(images, [prompt.text for prompt in prompts])]
     if not all(math.isfinite(value) for value in values):
@@ -283,28 +320,64 @@ def write_pictures(run: Run, folder: str, names: Sequence[str], images: torch.Te
         }
 
 
-def sample_drawer(
-    run: Run, model: SdxlModel, prompts: Sequence[Prompt], settings: Settings
-) -> Callable[[int, Any], None]:
-    """A callback for training: ``draw(step, unet)`` puts pictures of ``prompts``, seeds fixed, into the run.
+class SampleDrawer:
+    """A callback for training: ``draw(step, unet)`` puts pictures of fixed prompts and seeds into the run.
 
     They lie in ``samples/train/step-000100/``, and in the manifest as kind ``sample`` under key ``train``.
+
+    Args:
+        run: the open run.
+        model: the SDXL. Its text encoders are used by ``prepare``, its VAE by each call; where parts do not stay
+            on the device, each is freed after its use. The UNet is the caller's.
+        prompts: what to draw; none draws nothing.
+        settings: of the run.
+        concessions: to memory and precision, of the run so far; not changed, as there is less room beside training
+            than there is after it.
+        progress: told of new ones.
     """
 
-    def draw_samples(step: int, unet: Any) -> None:
-        if not prompts:
+    def __init__(
+        self,
+        run: Run,
+        model: SdxlModel,
+        prompts: Sequence[Prompt],
+        settings: Settings,
+        concessions: Concessions | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.run, self.model, self.prompts, self.settings = run, model, prompts, settings
+        self.concessions, self.progress = replace(concessions or Concessions()), progress or Silent()
+        self._text: tuple[list[PromptEmbeds], PromptEmbeds] | None = None
+
+    def prepare(self) -> None:
+        """Encode the prompts, while there is room for the text encoders: before the UNet is made ready to train."""
+        if self._text is None and self.prompts:
+            texts = [prompt.text for prompt in self.prompts]
+            negative = self.settings.generate.negative_prompt
+            self._text = encode_jobs(self.model, [texts], negative, progress=self.progress)
+            self.model.rest()
+
+    def __call__(self, step: int, unet: Any) -> None:
+        """Draw with ``unet`` and record the pictures under ``step``."""
+        self.prepare()
+        if self._text is None:
             return
-        seeds = [derive_seed(settings.seed, "evaluate", prompt.prompt_id) for prompt in prompts]
+        [embeds], negative = self._text
+        seeds = [derive_seed(self.settings.seed, "evaluate", prompt.prompt_id) for prompt in self.prompts]
+        drawn: list[Drawn] = []
         try:
-            drawn = draw(model, [prompt.text for prompt in prompts], seeds, settings=settings.generate, unet=unet)
+            # No graphs: one would hold memory beside training's for the sake of a few steps.
+            draw_jobs(
+                self.model, [Job("", embeds, seeds)], negative, settings=self.settings.generate,
+                done=lambda _, found: drawn.append(found), unet=lambda: nullcontext(unet),
+                concessions=self.concessions, progress=self.progress, record=False,
+            )  # fmt: skip
         except ResourceError as error:
             # Training goes on without pictures when they do not fit, and knows that by torch's own error.
             raise error.__cause__ or error from None
         folder = f"samples/train/step-{step:06d}"
-        files = write_pictures(run, folder, [prompt.prompt_id for prompt in prompts], drawn.images)
-        run.manifest.put_files("sample", "train", {f"{step:06d}/{name}": ref for name, ref in files.items()})
-
-    return draw_samples
+        files = write_pictures(self.run, folder, [prompt.prompt_id for prompt in self.prompts], drawn[0].images)
+        self.run.manifest.put_files("sample", "train", {f"{step:06d}/{name}": ref for name, ref in files.items()})
 
 
 def _is_there(path: Path, ref: FileRef) -> bool:

@@ -302,7 +302,7 @@ def training_samples(
             texts = {"base": [row.base_prompt], "expanded": [row.prompt]}.get(
                 train.condition_on, [row.base_prompt, row.prompt]
             )
-            samples += [Sample(_sample_id(row.candidate_id, text), row.candidate_id, text, weight) for text in texts]
+            samples += [Sample(_sample_id(row, text), row.candidate_id, text, weight) for text in texts]
     if not samples:
         loosen = "use --set train.weighting=uniform" if chosen else f"loosen filter.rewards (now {settings.rewards})"
         raise CraftError(
@@ -320,5 +320,7 @@ def training_samples(
     return samples
 
 
-def _sample_id(candidate_id: str, text: str) -> str:
-    return hashlib.sha256(f"{candidate_id}\n{text}".encode()).hexdigest()[:20]
+def _sample_id(row: Candidate, text: str) -> str:
+    # By what the sample is of, not by the candidate's id: that follows the generate stage's key, and with it every
+    # setting there will ever be, while training's draws follow this.
+    return hashlib.sha256(f"{row.prompt_id}\n{row.member}\n{text}".encode()).hexdigest()[:20]

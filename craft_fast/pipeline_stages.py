@@ -148,7 +148,12 @@ class Stages:
         sets = load_prompts(settings.prompts)
         for note in sets.notes:
             work.progress.warn(note)
-        expander = make_expander(settings.expand, cache_dir=expander_cache(work.run), device=settings.model.device)
+        expander = make_expander(
+            settings.expand,
+            cache_dir=expander_cache(work.run),
+            device=settings.model.device,
+            offline=settings.model.offline,
+        )
         prompts = [*sets.train, *sets.heldout]
         result = build_groups(prompts, expander, settings.expand.variants, settings.seed, work.progress)
         work.run.manifest.put_groups(self.key("expand"), result.groups)
@@ -192,14 +197,16 @@ class Stages:
         self._once("train", self._train)
 
     def _train(self) -> dict[str, Any]:
-        from craft_fast.evaluate import sample_drawer
+        from craft_fast.budget import training_budget
+        from craft_fast.evaluate import SampleDrawer
         from craft_fast.train import train
 
         work, settings = self.work, self.work.settings
         cached = self._cached_set()
         work.bench.drop_rewards()
         heldout = [group.prompt for group in work.run.manifest.groups(work.keys.expand, "heldout")]
-        model = work.bench.model()
+        model, given = work.bench.model(), work.bench.concessions()
+        shown = heldout[: settings.train.sample_prompts] if settings.train.sample_every else []
         result = train(
             work.run,
             model,
@@ -209,8 +216,12 @@ class Stages:
             key=self.key("train"),
             progress=work.progress,
             should_stop=work.should_stop,
-            samples=sample_drawer(work.run, model, heldout[: settings.train.sample_prompts], settings),
+            samples=SampleDrawer(work.run, model, shown, settings, given, work.progress),
+            memory_bytes=training_budget(settings, model.device),
         )
+        # The trained UNet goes before another part comes.
+        model.rest()
+        work.bench.collect()
         if not result.finished:
             work.check_stop()
         self._adapter = result.adapter
@@ -277,6 +288,7 @@ class Stages:
             key=self.key("evaluate"),
             progress=work.progress,
             should_stop=work.should_stop,
+            concessions=work.bench.concessions(),
         )
         return {"metrics": len(rows), "prompts": rows[0].n if rows else 0}
 

@@ -212,6 +212,7 @@ class Stream:
                 key=work.keys.generate,
                 progress=work.progress,
                 should_stop=lambda: work.should_stop() or (self.recorded is None and self._out_of_time()),
+                concessions=work.bench.concessions(),
             )
         work.check_stop()
         return True

@@ -1,4 +1,8 @@
-"""What stages share while a run is worked on: the model, the rewards, and the clock; loaded late, dropped early."""
+"""What stages share while a run is worked on: the model, the rewards, and the clock; loaded late, dropped early.
+
+Where models do not stay on the device (``engine.resident``), it is here that the model makes room for the rewards and
+they for it; only the workbench knows both.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from craft_fast.config import Settings
 if TYPE_CHECKING:
     from craft_fast.rewards.base import Reward
     from craft_fast.sdxl.load import SdxlModel
+    from craft_fast.sdxl.vae import Concessions
 
 _GIB = 1024**3
 
@@ -23,35 +28,64 @@ class Workbench:
     """Holds at most one model and the rewards in use.
 
     Args:
-        settings: of the run.
+        settings: of the run; ``engine.resident`` and ``generate.unet`` are what ``budget.resolve_auto`` made of them.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._model: SdxlModel | None = None
         self._rewards: dict[str, Reward] = {}
+        self._concessions: Concessions | None = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether models stay on the device between phases."""
+        return self.settings.engine.resident != "never"
 
     def model(self) -> SdxlModel:
-        """The SDXL, loaded on the first call."""
+        """The SDXL, opened on the first call; where models do not stay, the rewards' networks are gone."""
+        if not self.resident:
+            for reward in self._rewards.values():
+                reward.rest()
         if self._model is None:
             from craft_fast.sdxl.load import load_sdxl
 
-            wanted = self.settings.model
+            wanted, form = self.settings.model, self.settings.generate.unet
+            if form == "auto":
+                raise ValueError("generate.unet must be decided before a model is loaded")
             self._model = load_sdxl(
-                wanted.path, device=wanted.device, dtype=wanted.dtype, prediction_type=wanted.prediction_type
-            )
+                wanted.path, device=wanted.device, dtype=wanted.dtype, prediction_type=wanted.prediction_type,
+                config=wanted.config, vae=wanted.vae, vae_dtype=wanted.vae_dtype,
+                zero_terminal_snr=wanted.zero_terminal_snr, offline=wanted.offline, engine=self.settings.engine,
+                unet_form=form,
+            )  # fmt: skip
         return self._model
 
+    def concessions(self) -> Concessions:
+        """What memory and precision have forced so far; one for all stages, so that it is met once."""
+        if self._concessions is None:
+            from craft_fast.sdxl.vae import Concessions
+
+            self._concessions = Concessions()
+        return self._concessions
+
     def rewards(self, *, held_out: bool) -> list[Reward]:
-        """The rewards that judge candidates or, with ``held_out``, all of them; loaded on the first call."""
+        """The rewards that judge candidates or, with ``held_out``, all of them; opened on the first call.
+
+        Where models do not stay on the device, the SDXL's parts are freed first, and a reward's network is there from
+        its first score to its ``rest``.
+        """
         from craft_fast.rewards.registry import load_reward
         from craft_fast.sdxl.load import pick_device
 
-        device = pick_device(self.settings.model.device)
+        if self._model is not None:
+            self._model.rest()
+        chosen = self.settings.model
+        device = pick_device(chosen.device)
         wanted = {name: spec for name, spec in self.settings.rewards.items() if held_out or not spec.held_out}
         for name, spec in wanted.items():
             if name not in self._rewards:
-                self._rewards[name] = load_reward(name, spec, device)
+                self._rewards[name] = load_reward(name, spec, device, offline=chosen.offline, resident=self.resident)
         return [self._rewards[name] for name in wanted]
 
     def drop_rewards(self) -> None:
@@ -59,7 +93,7 @@ class Workbench:
         for reward in self._rewards.values():
             reward.close()
         self._rewards.clear()
-        self._free()
+        self.collect()
 
     def drop_model(self) -> None:
         """Free the model's memory; the next use loads it afresh."""
@@ -75,7 +109,8 @@ class Workbench:
         self.drop_model()
 
     @staticmethod
-    def _free() -> None:
+    def collect() -> None:
+        """Give memory back that nothing refers to any more, what refers to itself in a circle among it."""
         if "torch" in sys.modules:
             from craft_fast.sdxl.load import free_memory
 

@@ -7,7 +7,7 @@ and a tokenizer. Weights are safetensors only, and their keys must fit exactly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor
 from craft_fast.config import RewardSettings
 from craft_fast.errors import CraftError, EnvironmentProblem, IntegrityError
 from craft_fast.quiet import quiet_progress_bars, quiet_third_party
-from craft_fast.rewards.base import Preprocessing, prepare, read_preprocessing
+from craft_fast.rewards.base import REWARD_FILE, Preprocessing, prepare, read_preprocessing
+from craft_fast.sdxl.hub import fetch
+from craft_fast.sdxl.weights import free_memory
 from craft_fast.store.digest import digest_folder, digest_json
 from craft_fast.store.run import resolve_uri
 from craft_fast.store.safe_load import conversion_command
@@ -39,10 +41,12 @@ class NetworkReward:
         name: short name.
         held_out: see ``Reward``.
         key: see ``Reward``.
-        network: one of the families of ``networks``.
+        load: reads the network, one of the families of ``networks``.
         spec: preprocessing.
         tokenizer: of transformers; None for the aesthetic family.
         device: to score on; elsewhere than on a CPU the network is there only between ``score`` and ``rest``.
+        resident: the network is read now and rests in the machine's memory; otherwise it is read by the first
+            ``score`` and forgotten by ``rest``, so that one reward at a time takes memory at all.
     """
 
     def __init__(
@@ -50,20 +54,33 @@ class NetworkReward:
         name: str,
         held_out: bool,
         key: str,
-        network: Any,
+        load: Callable[[], Any],
         spec: Preprocessing,
         tokenizer: Any | None,
         device: torch.device,
+        *,
+        resident: bool = True,
     ) -> None:
         self.name = name
         self.held_out = held_out
         self.key = key
         self.spec = spec
         self.device = device
-        self._network = network.eval().requires_grad_(False)
+        self._load: Callable[[], Any] | None = load
+        self._resident = resident
+        self._network: Any = None
         self._tokenizer = tokenizer
         self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
         self._texts: dict[str, Tensor] = {}
+        if resident:
+            self._ready()
+
+    def _ready(self) -> None:
+        """Have the network in memory."""
+        if self._load is None:
+            raise CraftError("A closed reward cannot score.", where=self.name)
+        if self._network is None:
+            self._network = self._load().eval().requires_grad_(False)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Judge pictures uint8 [B, 3, H, W] against B prompts; float32 [B] on the CPU.
@@ -71,8 +88,7 @@ class NetworkReward:
         Raises:
             CraftError: closed before, numbers of pictures and prompts differ, or a score is not finite.
         """
-        if self._network is None:
-            raise CraftError("A closed reward cannot score.", where=self.name)
+        self._ready()
         if len(prompts) != images.shape[0]:
             raise CraftError("Pictures and prompts differ in number.", where=self.name)
         self._network.to(self.device)
@@ -93,13 +109,18 @@ class NetworkReward:
         return found
 
     def rest(self) -> None:
-        """Move the network off the accelerator."""
-        if self._network is not None and self.device.type != "cpu":
+        """Move the network off the accelerator, or forget it."""
+        if self._network is None:
+            return
+        if not self._resident:
+            self._network = None
+            free_memory()
+        elif self.device.type != "cpu":
             self._network.to("cpu")
 
     def close(self) -> None:
         """Free the network."""
-        self._network = None
+        self._network = self._load = None
         self._tokens.clear()
         self._texts.clear()
 
@@ -130,15 +151,20 @@ class NetworkReward:
         return self._texts[prompt]
 
 
-def reward_folder(where: str) -> Path:
+def reward_folder(where: str, *, offline: bool = False, name: str = "NAME") -> Path:
     """The local folder of a reward: path, ``package:NAME/FOLDER``, or hub id, fetched without pickles.
+
+    Args:
+        where: one of these.
+        offline: a hub id must be in the hub's cache; no network is asked.
+        name: the reward's, told in errors.
 
     Raises:
         EnvironmentProblem: it is not there.
         IntegrityError: it holds pickles and no safetensors.
     """
     found = resolve_uri(where)
-    folder = found if isinstance(found, Path) else _fetch(found, _PATTERNS)
+    folder = found if isinstance(found, Path) else _fetch(found, f"rewards.{name}.path", _PATTERNS, offline)
     if not folder.is_dir():
         raise EnvironmentProblem("A reward's path is not a folder.", where=str(folder))
     if not (folder / "model.safetensors").is_file():
@@ -154,7 +180,7 @@ def reward_folder(where: str) -> Path:
             "A reward's folder has no weights.",
             where=str(folder),
             why="there is no model.safetensors",
-            hint="put the reward's files there, or take it out: --set rewards.NAME=null",
+            hint=f"put the reward's files there, or take it out: --set rewards.{name}=null",
         )
     return folder
 
@@ -164,40 +190,49 @@ def folder_key(folder: Path, spec: Preprocessing) -> str:
     return digest_json(["network", _VERSION, digest_folder(folder), spec.model_dump(mode="json")])
 
 
-def load_network(name: str, settings: RewardSettings, device: torch.device) -> NetworkReward:
+def load_network(
+    name: str, settings: RewardSettings, device: torch.device, *, offline: bool = False, resident: bool = True
+) -> NetworkReward:
     """Load a reward network.
 
     Args:
         name: short name.
         settings: kind and path.
         device: to score on.
+        offline: as for ``reward_folder``.
+        resident: see ``NetworkReward``.
 
     Raises:
         EnvironmentProblem: files are missing; ConfigError: reward.json is not right;
         IntegrityError: pickled or damaged weights, or keys that do not fit.
     """
     quiet_third_party()
+    folder = reward_folder(settings.path, offline=offline, name=name)
+    spec = read_preprocessing(folder, settings.kind)
+    tokenizer = None if spec.family == "aesthetic" else _tokenizer(folder, spec, offline)
+    return NetworkReward(
+        name, settings.held_out, folder_key(folder, spec), lambda: _network(folder, spec), spec, tokenizer, device,
+        resident=resident,
+    )  # fmt: skip
+
+
+def _network(folder: Path, spec: Preprocessing) -> Any:
+    """The network of a reward's folder, on the CPU."""
+    quiet_third_party()
     from craft_fast.rewards.networks import AestheticReward, ClipReward, ImageReward
 
     quiet_progress_bars()
-    folder = reward_folder(settings.path)
-    spec = read_preprocessing(folder, settings.kind)
-    network: Any
     try:
         if spec.family == "aesthetic":
-            network = AestheticReward.from_folder(folder)
-        elif spec.family == "clip":
-            network = ClipReward.from_folder(folder)
-            scale = spec.score_scale
-            network.score_scale = (
-                float(network.clip.logit_scale.detach().exp()) if scale == "logit_scale" else float(scale)
-            )
-        else:
-            network = ImageReward.from_folder(folder, spec.score_mean, spec.score_std)
+            return AestheticReward.from_folder(folder)
+        if spec.family == "image_reward":
+            return ImageReward.from_folder(folder, spec.score_mean, spec.score_std)
+        network = ClipReward.from_folder(folder)
+        scale = spec.score_scale
+        network.score_scale = float(network.clip.logit_scale.detach().exp()) if scale == "logit_scale" else float(scale)
+        return network
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as err:
         raise _unfit(folder, err) from None
-    tokenizer = None if spec.family == "aesthetic" else _tokenizer(folder, spec)
-    return NetworkReward(name, settings.held_out, folder_key(folder, spec), network, spec, tokenizer, device)
 
 
 def _unfit(folder: Path, err: Exception) -> IntegrityError:
@@ -209,21 +244,43 @@ def _unfit(folder: Path, err: Exception) -> IntegrityError:
     )
 
 
-def _tokenizer(folder: Path, spec: Preprocessing) -> Any:
-    from transformers import AutoTokenizer
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
 
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
-    if not own and spec.tokenizer is None:
+
+def tokenizer_folder(folder: Path, spec: Preprocessing, *, offline: bool = False) -> Path:
+    """The local folder of a reward's tokenizer: the reward's own, else the one that its ``reward.json`` names.
+
+    Raises:
+        EnvironmentProblem: there is none, or it is not there.
+    """
+    if _has_tokenizer(folder):
+        return folder
+    if spec.tokenizer is None:
         raise EnvironmentProblem(
             "A reward's folder has no tokenizer.",
             where=str(folder),
             why="found none of tokenizer.json, vocab.json, vocab.txt",
             hint='copy the tokenizer\'s files there, or name one in reward.json: "tokenizer": "FOLDER or hub id"',
         )
-    where = folder
-    if not own and spec.tokenizer is not None:
-        found = resolve_uri(spec.tokenizer)
-        where = found if isinstance(found, Path) else _fetch(found, _TOKENIZER_PATTERNS)
+    found = resolve_uri(spec.tokenizer)
+    if isinstance(found, Path):
+        return found
+    return _fetch(found, f"{REWARD_FILE}: tokenizer", _TOKENIZER_PATTERNS, offline)
+
+
+def _fetch(hub_id: str, setting: str, patterns: list[str], offline: bool) -> Path:
+    def missing(folder: Path) -> str:
+        whole = (folder / "model.safetensors").is_file() if patterns is _PATTERNS else _has_tokenizer(folder)
+        return "" if whole else f"{folder} lacks {'model.safetensors' if patterns is _PATTERNS else 'a tokenizer'}"
+
+    return fetch(hub_id, setting=setting, patterns=patterns, missing=missing, offline=offline)
+
+
+def _tokenizer(folder: Path, spec: Preprocessing, offline: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    where = tokenizer_folder(folder, spec, offline=offline)
     try:
         tokenizer = _read_tokenizer(AutoTokenizer, where)
     except (OSError, ValueError, KeyError) as err:
@@ -240,17 +297,3 @@ def _read_tokenizer(auto: Any, where: Path) -> Any:
 
     kind = CLIPTokenizer if (where / "merges.txt").is_file() else BertTokenizer
     return kind.from_pretrained(where, local_files_only=True)
-
-
-def _fetch(hub_id: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as err:  # the hub's client raises many kinds, some of them not documented
-        raise EnvironmentProblem(
-            "A reward is neither a folder nor to be had from the hub.",
-            where=hub_id,
-            why=f"{type(err).__name__}: {' '.join(str(err).split())[:200]}",
-            hint="check the name and the network, or set the reward's path to a local folder",
-        ) from None

@@ -9,6 +9,7 @@ Files are safetensors and JSON; keys are checked strictly.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from craft_fast.errors import IntegrityError
+from craft_fast.sdxl.published import materialize
 from craft_fast.store.atomic import write_json, write_safetensors
 from craft_fast.store.safe_load import load_safetensors
 
@@ -67,6 +69,17 @@ def _strict(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
         )
 
 
+def _unfilled(make: Callable[[], Any]) -> Any:
+    """A network whose weights a file will fill, without drawing random ones first: 6 s for CLIP ViT-L on one core.
+
+    Where memory is short, rewards are read again for every block of candidates.
+    """
+    with torch.device("meta"):
+        network = make()
+    materialize(network, "cpu", torch.float32)
+    return network
+
+
 def _head_sizes(tensors: dict[str, Tensor]) -> tuple[int, tuple[int, int, int, int]]:
     rows = [tensors[f"layers.{i}.weight"].shape[0] for i in (0, 2, 4, 6)]
     return tensors["layers.0.weight"].shape[1], (rows[0], rows[1], rows[2], rows[3])
@@ -108,7 +121,8 @@ class ClipReward(nn.Module):
         Raises:
             IntegrityError: keys missing or left over.
         """
-        clip = CLIPModel(CLIPModel.config_class.from_pretrained(folder, local_files_only=True))
+        config = CLIPModel.config_class.from_pretrained(folder, local_files_only=True)
+        clip = _unfilled(lambda: CLIPModel(config))
         tensors = load_safetensors(folder / "model.safetensors")
         # Older checkpoints carry position ids, which are constants that transformers now builds itself.
         _strict(clip, {k: v.float() for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
@@ -145,7 +159,7 @@ class AestheticReward(nn.Module):
             IntegrityError: keys missing or left over.
         """
         config = CLIPVisionModelWithProjection.config_class.from_pretrained(folder, local_files_only=True)
-        tower = CLIPVisionModelWithProjection(config)
+        tower = _unfilled(lambda: CLIPVisionModelWithProjection(config))
         tensors = load_safetensors(folder / "model.safetensors")
         _strict(tower, {k: v.float() for k, v in tensors.items() if not k.endswith("position_ids")}, folder)
         head_tensors = load_safetensors(folder / "head.safetensors")
@@ -192,7 +206,8 @@ class ImageReward(nn.Module):
         Raises:
             IntegrityError: keys missing or left over.
         """
-        network = cls(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        network: ImageReward = _unfilled(lambda: cls(config))
         tensors = load_safetensors(folder / "model.safetensors")
         _strict(network, {k: v.float() for k, v in tensors.items()}, folder)
         network.score_mean, network.score_std = score_mean, score_std

@@ -19,7 +19,7 @@ class PromptEmbeds:
     """Text conditioning of B prompts.
 
     Attributes:
-        prompt_embeds: [B, T, D], the model's dtype and device.
+        prompt_embeds: [B, T, D], the model's dtype; on its device as encoded.
         pooled_prompt_embeds: [B, P], likewise.
         truncated: per prompt, whether its end was cut off because it has more than T tokens.
     """
@@ -37,6 +37,12 @@ class PromptEmbeds:
         return PromptEmbeds(
             self.prompt_embeds[index], self.pooled_prompt_embeds[index], [self.truncated[row] for row in rows]
         )
+
+    def to(self, device: torch.device | str) -> PromptEmbeds:
+        """The same on another device; ``self`` where it is there already."""
+        if self.prompt_embeds.device == torch.device(device):
+            return self
+        return PromptEmbeds(self.prompt_embeds.to(device), self.pooled_prompt_embeds.to(device), self.truncated)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 
 from craft_fast import cache as cache_module
 from craft_fast.cache import FILES_KIND, LatentsError, build_cache, load_cache
+from craft_fast.config import EngineSettings
 from craft_fast.errors import ExitCode, IntegrityError
 from craft_fast.progress import Silent
 from craft_fast.records import Candidate, FileRef, Sample
@@ -186,3 +187,24 @@ def test_text_encoder_that_gives_nan_is_an_error(
     with pytest.raises(IntegrityError, match="text encoder"):
         build_cache(run, model, *stored, key=KEY)
     assert text_files(run) == []
+
+
+def test_only_text_encoders_are_loaded_and_freed_again(run: Run, model: SdxlModel, stored: Any, tmp_path: Path) -> None:
+    apart = load_sdxl(model.path, device="cpu", dtype="float32", engine=EngineSettings(resident="never"))
+    seen: list[tuple[str, ...]] = []
+    apart.use("unet")
+    use = apart.use
+
+    def noted(*parts: str) -> None:
+        use(*parts)
+        seen.append(apart.loaded)
+
+    apart.use = noted  # type: ignore[method-assign]
+    assert build_cache(run, apart, *stored, key=KEY) == 3
+    assert seen == [("text_encoder", "text_encoder_2")]
+    assert apart.loaded == ()
+    with open_run(tmp_path / "resident", create=True) as other:
+        for candidate in stored[1]:
+            atomic.write_bytes(other.path(candidate.latents.path), run.path(candidate.latents.path).read_bytes())
+        build_cache(other, model, *stored, key=KEY)
+        assert [path.read_bytes() for path in text_files(other)] == [path.read_bytes() for path in text_files(run)]

@@ -14,16 +14,26 @@ import torch
 from torch import Tensor
 
 from craft_fast import rng
-from craft_fast.config import EvaluateSettings, ExportSettings, GenerateSettings, ModelSettings, Settings, TrainSettings
-from craft_fast.errors import ConfigError, CraftError, Interrupted
-from craft_fast.evaluate import bootstrap_interval, evaluate, paired_rows, sample_drawer
+from craft_fast.config import (
+    EngineSettings,
+    EvaluateSettings,
+    ExportSettings,
+    GenerateSettings,
+    ModelSettings,
+    Settings,
+    TrainSettings,
+)
+from craft_fast.errors import ConfigError, CraftError, Interrupted, ResourceError
+from craft_fast.evaluate import SampleDrawer, bootstrap_interval, evaluate, paired_rows
 from craft_fast.export import export_lora
 from craft_fast.qlora.lora import add_lora, lora_state_dict
 from craft_fast.qlora.nf4 import quantize_nf4
 from craft_fast.records import FileRef, Prompt
+from craft_fast.sdxl import drawing
 from craft_fast.sdxl.load import SdxlModel, load_sdxl
-from craft_fast.sdxl.sampling import make_scheduler
+from craft_fast.sdxl.sampling import Denoiser, make_scheduler
 from craft_fast.sdxl.unet import is_pristine
+from craft_fast.sdxl.vae import Concessions
 from craft_fast.store.run import Run, open_run, read_log
 from craft_fast.store.safe_load import read_image
 
@@ -291,12 +301,106 @@ def test_scores_that_are_not_finite_are_an_error(run: Run, sdxl: SdxlModel, lora
     assert run.manifest.eval_rows("k" * 64) == []
 
 
+# ---- phases
+
+
+@pytest.fixture
+def apart(sdxl_folder: Path) -> SdxlModel:
+    """The model, its parts loaded for their phase alone."""
+    return load_sdxl(sdxl_folder, device="cpu", dtype="float32", engine=EngineSettings(resident="never"))
+
+
+@dataclass
+class Alone(Brightness):
+    """A judge that wants the device to itself."""
+
+    model: Any = None
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert self.model.loaded == ()
+        return super().score(images, prompts)
+
+
+def shas(run: Run, side: str, key: str = "k" * 64) -> dict[str, str]:
+    return {name: ref.sha256 for name, ref in run.manifest.files(f"eval_{side}", key).items()}
+
+
+def test_phases_give_the_same(run: Run, sdxl: SdxlModel, apart: SdxlModel, lora: Path) -> None:
+    rows = do(run, sdxl, lora, [Brightness()])
+    with open_run(run.root.parent / "apart", create=True) as other:
+        assert do(other, apart, lora, [Alone(model=apart)]) == rows
+        for side in ("base", "tuned"):
+            assert shas(other, side) == shas(run, side)
+        assert list(other.path(drawing.FOLDER).iterdir()) == []
+
+
+def test_text_is_encoded_once_for_both_sides(
+    run: Run, apart: SdxlModel, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = drawing.encode_prompts
+
+    def spy(model: SdxlModel, prompts: list[str]) -> Any:
+        assert model.loaded == ("text_encoder", "text_encoder_2")
+        encoded.append(len(prompts))
+        return encode(model, prompts)
+
+    monkeypatch.setattr(drawing, "encode_prompts", spy)
+    do(run, apart, lora, [Brightness()])
+    assert encoded == [4, 2, 1]
+    do(run, apart, lora, [Brightness()])
+    assert encoded == [4, 2, 1]
+
+
+def test_denoised_pictures_survive_the_process(
+    run: Run, apart: SdxlModel, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_run(run.root.parent / "whole", create=True) as whole:
+        rows = do(whole, apart, lora, [Brightness()])
+        expected = shas(whole, "base")
+
+    def die(*_: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "decode_latents", die)
+    with pytest.raises(KeyboardInterrupt):
+        do(run, apart, lora, [Brightness()])
+    monkeypatch.undo()
+    drawn: list[int] = []
+    draw_of = Denoiser.draw
+
+    def spy(self: Denoiser, embeds: Any, *args: Any) -> Tensor:
+        drawn.append(len(embeds))
+        return draw_of(self, embeds, *args)
+
+    monkeypatch.setattr(Denoiser, "draw", spy)
+    assert do(run, apart, lora, [Brightness()]) == rows
+    assert drawn == [4, 2]  # the tuned side alone
+    assert shas(run, "base") == expected
+
+
+def test_a_fully_trained_unet_in_phases(run: Run, sdxl_folder: Path, apart: SdxlModel) -> None:
+    settings = Settings(model=ModelSettings(path=str(sdxl_folder)), train=TrainSettings(method="full"))
+    unet = load_sdxl(sdxl_folder, device="cpu", dtype="float32").unet
+    state = {name: p + 0.02 * rng.normal(p.shape, 1) for name, p in unet.named_parameters()}
+    ref: FileRef = export_lora(run, state, settings=settings, metadata={})
+    [row] = do(run, apart, run.path(ref.path), [Alone(model=apart)])
+    assert row.base_mean != row.tuned_mean
+
+
+def test_the_guidance_interval_makes_other_pictures(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+    do(run, sdxl, lora, [Brightness()])
+    interval = GENERATE.model_copy(update={"guidance_interval": [0.5, 1.0]})
+    do(run, sdxl, lora, [Brightness()], key="other", generate_settings=interval)
+    assert shas(run, "base") != shas(run, "base", "other")
+
+
 # ---- sample pictures during training
 
 
 def test_sample_pictures_have_fixed_seeds(run: Run, sdxl: SdxlModel, sdxl_folder: Path) -> None:
     settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
-    draw = sample_drawer(run, sdxl, PROMPTS[:2], settings)
+    draw = SampleDrawer(run, sdxl, PROMPTS[:2], settings)
     draw(100, sdxl.unet)
     draw(200, sdxl.unet)
     files = run.manifest.files("sample", "train")
@@ -304,7 +408,7 @@ def test_sample_pictures_have_fixed_seeds(run: Run, sdxl: SdxlModel, sdxl_folder
     assert files["000100/h0"].sha256 == files["000200/h0"].sha256
     assert files["000100/h0"].sha256 != files["000100/h1"].sha256
     assert run.ref(run.path("samples", "train", "step-000100", "h0.png")) == files["000100/h0"]
-    sample_drawer(run, sdxl, [], settings)(300, sdxl.unet)
+    SampleDrawer(run, sdxl, [], settings)(300, sdxl.unet)
     assert not run.path("samples", "train", "step-000300").exists()
 
 
@@ -314,7 +418,7 @@ def test_sample_pictures_leave_training_as_it_was(run: Run, sdxl_folder: Path) -
     quantize_nf4(model.unet, compute_dtype=torch.float32)
     add_lora(model.unet, rank=2, lora_alpha=2.0, target_modules=["to_q"], seed=9)
     with torch.no_grad():
-        sample_drawer(run, model, PROMPTS[:1], settings)(1, model.unet.eval())
+        SampleDrawer(run, model, PROMPTS[:1], settings)(1, model.unet.eval())
     model.unet.train()
     output = model.unet(
         rng.normal((1, 4, 16, 16), 0),
@@ -326,3 +430,57 @@ def test_sample_pictures_leave_training_as_it_was(run: Run, sdxl_folder: Path) -
     gradients = [p.grad for p in model.unet.parameters() if p.requires_grad]
     assert gradients
     assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+
+def test_sample_pictures_need_the_vae_alone_once_prepared(run: Run, sdxl_folder: Path, apart: SdxlModel) -> None:
+    settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
+    drawer = SampleDrawer(run, apart, PROMPTS[:2], settings)
+    drawer.prepare()
+    assert apart.loaded == ()
+    unet = apart.unet  # as training holds it
+    forwards: list[tuple[str, ...]] = []
+    hook = unet.register_forward_pre_hook(lambda module, args: forwards.append(apart.loaded))
+    try:
+        drawer(100, unet)
+    finally:
+        hook.remove()
+    assert set(forwards) == {()}
+    assert apart.loaded == ()
+    assert not unet.conv_in.weight.is_meta
+    with open_run(run.root.parent / "resident", create=True) as other:
+        model = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+        SampleDrawer(other, model, PROMPTS[:2], settings)(100, model.unet)
+        a, b = (opened.manifest.files("sample", "train") for opened in (run, other))
+    assert {name: ref.sha256 for name, ref in a.items()} == {name: ref.sha256 for name, ref in b.items()}
+
+
+def test_a_vae_that_does_not_fit_beside_training_is_gone_afterwards(
+    run: Run, sdxl_folder: Path, apart: SdxlModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
+
+    def fail(*_: Any, **options: Any) -> Tensor:
+        assert apart.loaded == ("vae",)
+        raise ResourceError("no room") from torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(drawing, "decode_latents", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        SampleDrawer(run, apart, PROMPTS[:2], settings)(100, apart.unet)
+    assert apart.loaded == ()
+
+
+def test_sample_pictures_that_do_not_fit_are_torchs_own_error(run: Run, sdxl: SdxlModel, sdxl_folder: Path) -> None:
+    settings = Settings(seed=3, model=ModelSettings(path=str(sdxl_folder)), generate=GENERATE)
+    concessions = Concessions()
+
+    def too_many(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    hook = sdxl.unet.register_forward_pre_hook(too_many)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            SampleDrawer(run, sdxl, PROMPTS[:2], settings, concessions)(100, sdxl.unet)
+    finally:
+        hook.remove()
+    # Beside training there is less room than there will be in evaluation: what is learnt here does not hold there.
+    assert concessions == Concessions()

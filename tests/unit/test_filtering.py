@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -284,6 +285,20 @@ def test_sample_ids_are_a_function_of_candidate_and_text() -> None:
         result.selections, candidates, settings, TrainSettings(weighting="uniform", condition_on="both")
     )
     assert {s.sample_id for s in base} < {s.sample_id for s in both}
+
+
+def test_sample_ids_do_not_follow_the_settings_that_candidates_were_made_with() -> None:
+    result = judge(ROWS)
+    _, candidates, _ = world(ROWS)
+    settings = FilterSettings(rewards=["h", "p"])
+    selections = [replace(row, candidate_id=f"new-{row.candidate_id}") for row in result.selections]
+    renamed = [replace(row, candidate_id=f"new-{row.candidate_id}") for row in candidates]
+    before, after = (
+        [sample.sample_id for sample in training_samples(judged, rows, settings, TrainSettings(weighting="uniform"))]
+        for judged, rows in ((result.selections, candidates), (selections, renamed))
+    )
+    assert before == after
+    assert len(set(before)) == len(before)
 
 
 def test_nothing_accepted_is_an_error_that_says_what_to_do() -> None:
