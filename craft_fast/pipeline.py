@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from craft_fast.budget import apply_cap, resolve_auto, with_changes
 from craft_fast.config import Settings
 from craft_fast.errors import UsageError
 from craft_fast.pipeline_keys import expander_cache, input_keys
@@ -102,9 +103,10 @@ def run_pipeline(
         if name is not None and name not in STAGES:
             raise UsageError("There is no such stage", where=name, hint=f"one of: {', '.join(STAGES)}")
     progress = progress or Silent()
+    settings, saved = _decide(settings, progress)
     bench = Workbench(settings)
     with open_run(Path(root), create=only in (None, "expand", "generate")) as run:
-        _save_settings(run, settings)
+        _save_settings(run, saved)
         keys = input_keys(settings, expander_cache(run))
         work = Work(run, settings, keys, bench, progress, should_stop)
         try:
@@ -112,6 +114,29 @@ def run_pipeline(
         finally:
             bench.close()
         return _summary(work)
+
+
+def _decide(settings: Settings, progress: Progress) -> tuple[Settings, Settings]:
+    """What ``auto`` means on this machine, and the memory cap in force; before any key is computed.
+
+    Returns:
+        The settings to work with, and those to save: with the method and the drawing UNet that were chosen, since the
+        result depends on them, and the ``engine`` section as the user wrote it, since another machine may choose
+        otherwise.
+    """
+    from craft_fast.plan import memory_warning
+    from craft_fast.sdxl.load import pick_device
+
+    device = pick_device(settings.model.device)
+    for note in apply_cap(device, settings.engine):
+        progress.warn(note)
+    resolved, notes = resolve_auto(settings)
+    for note in notes:
+        progress.info(note)
+    if warning := memory_warning(resolved):
+        progress.warn(warning)
+    chosen = {"train.method": resolved.train.method, "generate.unet": resolved.generate.unet}
+    return resolved, with_changes(settings, chosen)
 
 
 def _save_settings(run: Run, settings: Settings) -> None:

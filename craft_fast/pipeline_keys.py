@@ -20,7 +20,7 @@ VERSIONS = {
     "score": 1,
     "filter": 1,
     "cache": 1,
-    "train": 2,  # 2: noise by counter
+    "train": 3,  # 2: noise by counter; 3: NF4 of rows that are no multiple of its block
     "export": 1,
     "evaluate": 1,
     "report": 1,
@@ -28,7 +28,7 @@ VERSIONS = {
 _BUDGET = {"batch_size", "max_images", "max_minutes"}
 _PROMPT_FILES = {"file", "heldout_file", "vocabulary"}
 _TRANSPORT = {"file", "api_key_env", "timeout_s", "retries"}
-_BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts"}
+_BOOKKEEPING = {"checkpoint_every", "keep_checkpoints", "sample_every", "sample_prompts", "gradient_checkpointing"}
 _SAMPLE_FIELDS = {"weighting", "weight_clip", "weight_temperature", "condition_on"}
 
 
@@ -89,9 +89,12 @@ def input_keys(settings: Settings, cache_dir: Path) -> InputKeys:
 
     texts = (_plain(settings.prompts, _PROMPT_FILES), _plain(settings.expand, _TRANSPORT))
     expand = _key("expand", settings.seed, *texts, _inputs(settings, cache_dir))
-    model = digest_json([model_digest(settings.model.path), settings.model.prediction_type, settings.model.dtype])
+    wanted = settings.model
+    digest = model_digest(wanted.path, config=wanted.config, vae=wanted.vae, offline=wanted.offline)
+    told = [wanted.prediction_type, wanted.zero_terminal_snr, wanted.dtype, wanted.vae_dtype]
+    model = digest_json([digest, *told])
     generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET))
-    own = {name: reward_key(name, spec) for name, spec in settings.rewards.items()}
+    own = {name: reward_key(name, spec, offline=settings.model.offline) for name, spec in settings.rewards.items()}
     rewards = {
         name: score_key(own[name], settings.score) for name, spec in settings.rewards.items() if not spec.held_out
     }
@@ -141,7 +144,8 @@ def _inputs(settings: Settings, cache_dir: Path) -> dict[str, str]:
     from craft_fast.expanders import make_expander
 
     files = (settings.prompts.file, settings.prompts.heldout_file, settings.prompts.vocabulary)
-    expander = make_expander(settings.expand, cache_dir=cache_dir, device=settings.model.device)
+    chosen = settings.model
+    expander = make_expander(settings.expand, cache_dir=cache_dir, device=chosen.device, offline=chosen.offline)
     return {
         "expander": expander.key,
         **{str(i): sha256_file(Path(resolve_uri(file))) for i, file in enumerate(files) if file is not None},

@@ -1,0 +1,196 @@
+"""How many images, samples and bytes on disk a run comes to, and how long each stage takes by what a probe measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from craft_fast.config import Settings
+from craft_fast.errors import CraftError
+from craft_fast.plan.stages import Costs
+from craft_fast.sdxl import costs
+
+if TYPE_CHECKING:
+    from craft_fast.probe import Probe
+
+# Share of variants that pass the filter, where no run has measured it. ASSUMED: in the tiny world 43 to 55 % pass three
+# rewards (docs/lab-book.md); more rewards and real pictures agree less.
+ASSUMED_ACCEPTANCE = 0.35
+# A PNG of a photograph, fast compression: ESTIMATE. A report holds some pictures as JPEG and PNG: ESTIMATE.
+PNG_BYTES_A_PIXEL = 1.8
+REPORT_BYTES = 8 * 1024**2
+# From a warm disk cache onto the device, checked for NaN on the way: ESTIMATE.
+LOAD_BYTES_A_SECOND = 1.5e9
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What a run makes.
+
+    Attributes:
+        groups: prompts used, with their variants.
+        images: candidates.
+        accepted: samples that pass.
+        texts: prompts whose embeddings are cached.
+        pairs: held-out prompts compared.
+        notes: what was assumed.
+    """
+
+    groups: int
+    images: int
+    accepted: int
+    texts: int
+    pairs: int
+    notes: tuple[str, ...]
+
+
+def amounts(settings: Settings, *, acceptance: float | None, prompt_count: int | None = None) -> Amounts:
+    """Count before anything is made.
+
+    Args:
+        settings: of the run.
+        acceptance: share of variants that pass, from an earlier part of the run; None: assumed.
+        prompt_count: how many training prompts there are, instead of those in ``prompts.file``.
+    """
+    notes: list[str] = []
+    train, held_out = _prompts(settings, notes) if prompt_count is None else (prompt_count, None)
+    if acceptance is None:
+        notes.append(
+            f"assumed: {ASSUMED_ACCEPTANCE:.0%} of the variants pass the filter; once the run has judged some, "
+            "plan goes by those"
+        )
+    share = max(acceptance if acceptance is not None else ASSUMED_ACCEPTANCE, 0.01)
+    variants, target = settings.expand.variants, settings.filter.target_samples
+    groups = train
+    if settings.filter.select == "first":
+        block = settings.filter.block_groups
+        wanted = math.ceil(math.ceil(target / (variants * share)) / block) * block
+        groups = wanted if groups is None else min(groups, wanted)
+    if settings.generate.max_images is not None:
+        room = settings.generate.max_images // (variants + 1)
+        groups = room if groups is None else min(groups, room)
+    if groups is None:
+        groups = math.ceil(target / (variants * share))
+    accepted = min(target, int(groups * variants * share))
+    if accepted < target:
+        notes.append(f"about {accepted} of {target} samples are to be expected of {groups} prompts")
+    if settings.generate.max_minutes is not None:
+        notes.append("generate.max_minutes is not counted in: the time is that for all images")
+    texts = accepted * (2 if settings.train.condition_on == "both" else 1) + 1
+    pairs = settings.evaluate.prompts if held_out is None else min(settings.evaluate.prompts, held_out)
+    return Amounts(groups, groups * (variants + 1), accepted, texts, pairs, tuple(notes))
+
+
+def _prompts(settings: Settings, notes: list[str]) -> tuple[int | None, int | None]:
+    from craft_fast.prompts import load_prompts
+
+    try:
+        found = load_prompts(settings.prompts)
+    except CraftError as problem:
+        notes.append(f"the prompts cannot be counted: {problem.what} ({problem.where})")
+        return None, None
+    return len(found.train), len(found.heldout)
+
+
+# ---- disk
+
+
+def disk_bytes(planned: Costs, made: Amounts) -> dict[str, int]:
+    """What each stage leaves on disk."""
+    settings, shape = planned.settings, planned.shape
+    pixels = planned.size["height_px"] * planned.size["width_px"]
+    picture = int(pixels * PNG_BYTES_A_PIXEL)
+    latents = pixels // shape.vae_scale_factor**2 * int(shape.unet.get("in_channels", 4)) * 4
+    element = planned.dtype.itemsize
+    width = int(shape.text_encoder["hidden_size"]) + int(shape.text_encoder_2["hidden_size"])
+    pooled = int(shape.text_encoder_2["projection_dim"])
+    memory = planned.training()
+    full = settings.train.method == "full"
+    trained = memory.weights if full else memory.adapter
+    # The newest is written beside those that are kept.
+    checkpoints = (settings.train.keep_checkpoints + 1) * (trained + memory.optimizer)
+    drawn = settings.train.steps // settings.train.sample_every if settings.train.sample_every else 0
+    exported = {"float32": 4, "float16": 2, "bfloat16": 2}[settings.export.dtype]
+    parameters = trained // (element if full else 4)
+    return {
+        "expand": 0,
+        "generate": made.images * (picture + latents),
+        "score": 0,
+        "filter": 0,
+        "cache": made.texts * (shape.tokens * width + pooled) * element,
+        "train": checkpoints + drawn * settings.train.sample_prompts * picture,
+        "export": parameters * exported,
+        "evaluate": 2 * made.pairs * picture,
+        "report": REPORT_BYTES,
+    }
+
+
+# ---- time
+
+
+def seconds(planned: Costs, made: Amounts, probed: Probe) -> dict[str, float | None]:
+    """How long each stage takes; None where nothing here can tell."""
+    settings = planned.settings
+    image = image_seconds(planned, probed)
+    train = settings.train
+    drawn = train.steps // train.sample_every * train.sample_prompts if train.sample_every else 0
+    step = train.grad_accum_steps * probed.train_s + probed.update_s
+    load = _load_seconds(planned)
+    text = sum(one.flops for one in planned.text(1)) / probed.rate_flops
+    judged = _score_seconds(planned, probed, held_out=False)
+    judged_all = _score_seconds(planned, probed, held_out=True)
+    return {
+        "expand": 0.0 if settings.expand.kind in ("template", "file") else None,
+        "generate": made.images * image + load["drawing"],
+        "score": None if judged is None else made.images * judged,
+        "filter": 0.0,
+        "cache": made.texts * text + (0.0 if planned.resident else load["text"]),
+        "train": train.steps * step + drawn * image + load["unet"],
+        "export": 0.0,
+        "evaluate": None if judged_all is None else 2 * made.pairs * (image + judged_all) + load["drawing"],
+        "report": 0.0,
+    }
+
+
+def image_seconds(planned: Costs, probed: Probe) -> float:
+    """One image of a full batch: text, denoising, decoding, its file."""
+    settings = planned.settings.generate
+    low, high = settings.guidance_interval
+    share = (high - low) if planned.guided else 0.0
+    step = share * probed.denoise_s + (1 - share) * probed.denoise_plain_s
+    decode = probed.decode_s
+    if decode is None:
+        one = planned.decode(tiled=planned.tiled())
+        pixels = planned.size["height_px"] * planned.size["width_px"]
+        decode = one.flops / probed.rate_flops / max(1, min(settings.batch_size, 1024**2 // pixels))
+    text = sum(one.flops for one in planned.text(1)) / probed.rate_flops
+    return settings.num_inference_steps * step / settings.batch_size + decode + text + probed.png_s
+
+
+def _score_seconds(planned: Costs, probed: Probe, *, held_out: bool) -> float | None:
+    found = planned.rewards(held_out=held_out)
+    if any(cost is None for cost in found.values()):
+        return None
+    flops = sum(cost.flops for cost in found.values() if cost is not None)
+    return flops / planned.settings.score.batch_size / probed.rate_flops
+
+
+def _load_seconds(planned: Costs) -> dict[str, float]:
+    """Reading models from disk; those that stay are read once, in the first stage that draws."""
+    # What is quantised is read dense.
+    unet, text = planned.dense_unet_weights(), planned.text_weights()
+    vae = planned.decode(tiled=True).weight_bytes
+    parts = {"drawing": unet + text + vae, "text": text, "unet": unet}
+    return {name: size / LOAD_BYTES_A_SECOND for name, size in parts.items()}
+
+
+def recompute_factor(planned: Costs) -> float:
+    """Time of a training step that recomputes everything, against one that recomputes nothing, by its operations."""
+    options = planned.training_options()
+    batch = options.pop("micro_batch")
+    for name in ("grad_accum_steps", "gpu"):
+        options.pop(name)
+    setup = costs.unet_setup(batch=batch, workspaces=False, **options)
+    with_it, without = costs.step_flops(planned.shape.unet, setup=setup, kept=())
+    return with_it / without
