@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 _MEMORY_HINT = (
     "smaller batches: --set generate.batch_size=8 --set train.micro_batch_size=4; "
-    "less to keep: --set train.gradient_checkpointing=true, a lower train.rank. The same command continues"
+    "less to keep: --set train.gradient_checkpointing=all, a lower train.rank. The same command continues"
 )
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 

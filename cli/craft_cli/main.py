@@ -10,12 +10,15 @@ import typer
 
 from craft_cli.commands import (
     bench,
+    bench_sdxl,
     cache,
+    doctor,
     evaluate,
     expand,
     export,
     generate,
     init,
+    plan,
     report,
     run,
     score,
@@ -88,6 +91,8 @@ def craft_fast(
 _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "run": (run.run, run.HELP),
     "init": (init.init, init.HELP),
+    "plan": (plan.plan, plan.HELP),
+    "doctor": (doctor.doctor, doctor.HELP),
     "status": (status.status, status.HELP),
     "verify": (verify.verify, verify.HELP),
     "expand": (expand.expand, expand.HELP),
@@ -108,6 +113,7 @@ _bench = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 _bench.command("kernels", help=bench.KERNELS_HELP)(guard(bench.kernels))
+_bench.command("sdxl", help=bench_sdxl.HELP)(guard(bench_sdxl.sdxl))
 app.add_typer(_bench)
 
 

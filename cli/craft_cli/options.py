@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import craft_fast
+
 DEFAULT_PRESET = "tiny"
 DEFAULT_RUNS = Path("runs")
 
 
-def _complete_presets(incomplete: str) -> list[str]:
-    from craft_fast.settings_io import preset_names
+def preset_names() -> list[str]:
+    """Names of the presets, read from their folder: ``settings_io`` would bring pydantic and YAML into every help."""
+    names = (path.stem for path in Path(craft_fast.__file__).with_name("presets").glob("*.yaml"))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
+
+def _complete_presets(incomplete: str) -> list[str]:
     return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def _complete_set(incomplete: str) -> list[str]:
+    from craft_fast.settings_io import field_docs
+
+    key, equals, _ = incomplete.partition("=")
+    if not equals:
+        return [f"{doc.key}=" for doc in field_docs() if doc.key.startswith(key)]
+    return [
+        choice
+        for doc in field_docs()
+        if doc.key == key
+        for choice in (f"{key}={value}" for value in doc.allowed.split(" | "))
+        if " " not in choice and choice.startswith(incomplete)
+    ]
+
+
+def _complete_vram(incomplete: str) -> list[str]:
+    return [size for size in ("4", "6", "8", "10", "11", "12", "16", "20", "24", "32") if size.startswith(incomplete)]
 
 
 def _complete_runs(incomplete: str) -> list[str]:
@@ -62,18 +88,38 @@ Preset = Annotated[
         "--preset",
         metavar="NAME",
         autocompletion=_complete_presets,
-        help=f"Settings to start from: tiny or sdxl. Default: {DEFAULT_PRESET}.",
+        help=f"Settings to start from: {', '.join(preset_names())}. Default: {DEFAULT_PRESET}.",
     ),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one setting (train.rank=32); give it many times."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        autocompletion=_complete_set,
+        help="Change one setting (train.rank=32); give it many times.",
+    ),
 ]
 MaxImages = Annotated[
     int | None, typer.Option("--max-images", metavar="N", min=1, help="Budget: make at most N candidate images.")
 ]
 MaxMinutes = Annotated[
     float | None, typer.Option("--max-minutes", metavar="M", help="Budget: make candidates for at most M minutes.")
+]
+Vram = Annotated[
+    float | None,
+    typer.Option(
+        "--vram", metavar="GIB", autocompletion=_complete_vram, help="Hard cap: use at most so many GiB of the GPU."
+    ),
+]
+Offline = Annotated[
+    bool | None,
+    typer.Option(
+        "--offline/--online",
+        help="Ask no network: all models must be local. Default: online, or what the run was started with.",
+        show_default=False,
+    ),
 ]
 Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for scripts.")]

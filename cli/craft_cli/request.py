@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ class Request:
     texts: Sequence[str] = ()
     max_images: int | None = None
     max_minutes: float | None = None
+    vram_gib: float | None = None
+    offline: bool | None = None
 
     @property
     def run_name(self) -> str:
@@ -85,6 +88,8 @@ class Resolved:
 def resolve(request: Request) -> Resolved:
     """Settings of the run: the file or preset asked for, else those saved in its folder, then the options.
 
+    Where they say offline, Hugging Face's libraries in this process are told so too: call before importing them.
+
     Raises:
         ConfigError: any setting is wrong; all of them are named.
         UsageError: prompts were given in two ways.
@@ -103,6 +108,8 @@ def resolve(request: Request) -> Resolved:
         settings = load_settings(config=saved, overrides=[*_moved_prompts(saved, root), *overrides])
     if saved.exists():
         notes += _changes(load_settings(config=saved), settings)
+    if settings.model.offline:
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     return Resolved(settings, tuple(notes))
 
 
@@ -118,6 +125,10 @@ def _shortcuts(request: Request) -> Iterator[str]:
         yield f"generate.max_images={request.max_images}"
     if request.max_minutes is not None:
         yield f"generate.max_minutes={float(request.max_minutes)}"
+    if request.vram_gib is not None:
+        yield f"engine.vram_gib={float(request.vram_gib)}"
+    if request.offline is not None:
+        yield f"model.offline={json.dumps(request.offline)}"
 
 
 def _prompt_file(given: str) -> str:

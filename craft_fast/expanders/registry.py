@@ -8,13 +8,16 @@ from craft_fast.config import ExpandSettings
 from craft_fast.expanders.base import Expander
 
 
-def make_expander(settings: ExpandSettings, *, cache_dir: Path, device: str = "auto") -> Expander:
+def make_expander(
+    settings: ExpandSettings, *, cache_dir: Path, device: str = "auto", offline: bool = False
+) -> Expander:
     """The expander that ``settings.kind`` asks for.
 
     Args:
         settings: the expand section.
         cache_dir: where answers of a server are kept, inside the run's folder.
         device: for a local model.
+        offline: a local model must be local; a server that ``openai`` names is asked all the same.
     """
     if settings.kind == "template":
         from craft_fast.expanders.template import TemplateExpander
@@ -30,4 +33,4 @@ def make_expander(settings: ExpandSettings, *, cache_dir: Path, device: str = "a
         return OpenAIExpander(settings, cache_dir)
     from craft_fast.expanders.transformers import TransformersExpander
 
-    return TransformersExpander(settings, device)
+    return TransformersExpander(settings, device, offline=offline)

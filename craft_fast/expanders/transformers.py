@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from craft_fast.rng import derive_seed
 from craft_fast.store.digest import digest_folder, digest_json
 from craft_fast.store.run import resolve_uri
 
+_PATTERNS = ("*.json", "*.txt", "*.safetensors", "*.model", "*.jinja")
+
 
 class TransformersExpander:
     """A causal language model, loaded at the first prompt.
@@ -22,14 +26,16 @@ class TransformersExpander:
     Args:
         settings: the expand section; ``model`` is a folder, package URI or hub id.
         device: auto, cpu, cuda or cuda:N.
+        offline: a hub id must be in the hub's cache; no network is asked.
 
     Raises:
         EnvironmentProblem: there is no such folder.
     """
 
-    def __init__(self, settings: ExpandSettings, device: str = "auto") -> None:
+    def __init__(self, settings: ExpandSettings, device: str = "auto", *, offline: bool = False) -> None:
         self.settings = settings
         self.device = device
+        self.offline = offline
         self.where = resolve_uri(settings.model)
         content = digest_folder(self.where) if isinstance(self.where, Path) else self.where
         self.key = digest_json(["transformers", content])
@@ -52,12 +58,12 @@ class TransformersExpander:
 
         quiet_progress_bars()
         wanted = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        local = isinstance(self.where, Path)
+        folder = local_folder(self.settings.model, offline=self.offline)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.where, local_files_only=local, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
-                self.where,
-                local_files_only=local,
+                folder,
+                local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype="auto" if wanted.startswith("cuda") else torch.float32,
@@ -99,3 +105,32 @@ class TransformersExpander:
             )
         answer: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return answer
+
+
+def local_folder(where: str, *, offline: bool = False) -> Path:
+    """The local folder of a language model: path, ``package:NAME/FOLDER``, or hub id, fetched where it is not here.
+
+    Args:
+        where: one of these.
+        offline: a hub id must be in the hub's cache; no network is asked.
+
+    Raises:
+        EnvironmentProblem: it is not there.
+    """
+    from craft_fast.sdxl.hub import fetch
+
+    found = resolve_uri(where)
+    if isinstance(found, Path):
+        return found
+    return fetch(found, setting="expand.model", patterns=_PATTERNS, missing=_lacks, offline=offline)
+
+
+def _lacks(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        return f"{folder} lacks config.json"
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    return f"{folder} lacks {', '.join(missing)}" if missing else ""

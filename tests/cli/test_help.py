@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from craft_cli.main import app
 from craft_fast.errors import ExitCode
 from craft_fast.pipeline import STAGES
-from craft_fast.settings_io import load_settings
+from craft_fast.settings_io import load_settings, preset_names
 
-COMMANDS = ["run", "init", "status", "verify", *STAGES, "bench"]
+COMMANDS = ["run", "init", "plan", "doctor", "status", "verify", *STAGES, "bench"]
 
 
 def _help(*args: str) -> str:
@@ -54,7 +54,44 @@ def test_examples_parse(command: str, tmp_path: Path, monkeypatch: pytest.Monkey
         done = CliRunner().invoke(app, [*args, "--help"], prog_name="craft-fast")
         assert done.exit_code == 0, f"{example}\n{done.output}"
         settings = [value for flag, value in itertools.pairwise(args) if flag == "--set"]
-        load_settings("sdxl" if "sdxl" in args else "tiny", None, settings)
+        preset = next((value for flag, value in itertools.pairwise(args) if flag == "--preset"), "tiny")
+        load_settings(preset, None, settings)
+
+
+@pytest.mark.parametrize("command", [*STAGES[:3], "cache", "train", "evaluate", "run", "plan", "doctor"])
+def test_commands_that_load_models_have_a_cap_and_can_leave_the_network_alone(command: str) -> None:
+    text = _help(command)
+    assert "--vram GIB" in text
+    assert "--offline / --online" in text
+
+
+@pytest.mark.parametrize("command", ["filter", "export", "report"])
+def test_commands_that_need_no_gpu_have_no_cap(command: str) -> None:
+    text = _help(command)
+    assert "--vram" not in text
+    assert "--offline / --online" in text  # the model's digest is asked for all the same
+
+
+def test_all_presets_are_named() -> None:
+    text = " ".join(_help("run").split())
+    assert f"Settings to start from: {', '.join(preset_names())}. Default: tiny." in text
+
+
+def _completions(word: str, *args: str) -> list[str]:
+    """What the shell is offered for ``word`` after ``args``, through the parser's own completion."""
+    typed = " ".join(["craft-fast", *args, word])
+    env = {
+        "_CRAFT_FAST_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(args) + 1),
+    }  # fmt: skip
+    done = CliRunner().invoke(app, [], prog_name="craft-fast", env=env)
+    return done.stdout.split()
+
+
+def test_values_are_completed() -> None:
+    assert _completions("sdxl-", "run", "--preset") == [name for name in preset_names() if name.startswith("sdxl-")]
+    assert _completions("engine.res", "train", "--set") == ["engine.resident="]
+    assert _completions("engine.resident=a", "train", "--set") == ["engine.resident=auto", "engine.resident=always"]
+    assert "8" in _completions("", "train", "--vram")
 
 
 def test_no_command_prints_help() -> None:
@@ -77,6 +114,9 @@ def test_version() -> None:
         (["train", "--nmae", "x"], "--name"),
         (["evalute"], "'evaluate'"),
         (["run", "--josn"], "--json"),
+        (["train", "--varm", "8"], "--vram"),
+        (["generate", "--ofline"], "--offline"),
+        (["docter"], "'doctor'"),
     ],
 )
 def test_the_closest_word_is_named(typed: list[str], meant: str) -> None:

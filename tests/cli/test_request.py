@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def test_budgets_are_settings() -> None:
     assert (generate.max_images, generate.max_minutes) == (12, 1.5)
     with pytest.raises(ConfigError, match="right"):
         resolve(Request(name="x", max_minutes=-1))
+
+
+def test_the_cap_and_the_network_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    settings = resolve(Request(name="x", vram_gib=5.5, offline=True)).settings
+    assert (settings.engine.vram_gib, settings.model.offline) == (5.5, True)
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
+    assert resolve(Request(name="x")).settings.engine.vram_gib is None
+    _save(Path("runs/x"), "model.offline=true", "engine.vram_gib=8")
+    assert resolve(Request(name="x")).settings.model.offline
+    again = resolve(Request(name="x", offline=False, vram_gib=1e-5)).settings
+    assert (again.model.offline, again.engine.vram_gib) == (False, 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_cap_that_is_no_amount_is_a_setting_not_right(wrong: float) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(Request(name="x", vram_gib=wrong))
+    assert "engine.vram_gib: found" in caught.value.why
 
 
 def test_prompts_come_in_one_way() -> None:

@@ -23,10 +23,14 @@ def expand(
     config: opt.Config = None,
     preset: opt.Preset = None,
     overrides: opt.Set = None,
+    vram_gib: opt.Vram = None,
+    offline: opt.Offline = None,
     runs: opt.Runs = opt.DEFAULT_RUNS,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Run the first stage, which may begin a run."""
-    request = Request(name, runs, config, preset, overrides or (), prompts, texts or ())
+    request = Request(
+        name, runs, config, preset, overrides or (), prompts, texts or (), vram_gib=vram_gib, offline=offline
+    )
     execute(request, as_json=as_json, quiet=quiet, only="expand")

@@ -13,4 +13,4 @@ HELP = help_text(
         "craft-fast export --name sea --set export.dtype=float16",
     ),
 )
-export = stage_command("export")
+export = stage_command("export", gpu=False)

@@ -13,4 +13,4 @@ HELP = help_text(
         "craft-fast filter --name sea --set 'filter.rewards=[h, p]'",
     ),
 )
-filter = stage_command("filter")
+filter = stage_command("filter", gpu=False)

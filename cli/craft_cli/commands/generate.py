@@ -12,6 +12,7 @@ HELP = opt.help_text(
     examples=(
         "craft-fast generate --name sea",
         "craft-fast generate --name sea --max-images 400",
+        "craft-fast generate --name sea --vram 8",
     ),
 )
 
@@ -23,11 +24,16 @@ def generate(
     overrides: opt.Set = None,
     max_images: opt.MaxImages = None,
     max_minutes: opt.MaxMinutes = None,
+    vram_gib: opt.Vram = None,
+    offline: opt.Offline = None,
     runs: opt.Runs = opt.DEFAULT_RUNS,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Run the second stage within its budget."""
-    request = Request(name, runs, config, preset, overrides or (), max_images=max_images, max_minutes=max_minutes)
+    request = Request(
+        name, runs, config, preset, overrides or (),
+        max_images=max_images, max_minutes=max_minutes, vram_gib=vram_gib, offline=offline,
+    )  # fmt: skip
     request.existing_root()
     execute(request, as_json=as_json, quiet=quiet, only="generate")

@@ -13,4 +13,4 @@ HELP = help_text(
         "craft-fast report --name sea --set 'report.title=Sea, second try'",
     ),
 )
-report = stage_command("report")
+report = stage_command("report", gpu=False)

@@ -14,7 +14,8 @@ HELP = opt.help_text(
         "craft-fast run",
         "craft-fast run prompts.txt --name sea --set train.rank=32",
         "craft-fast run -p 'a red circle' -p 'a blue square' --name two",
-        "craft-fast run prompts.csv --preset sdxl --max-images 400",
+        "craft-fast run prompts.csv --preset sdxl-8gb --max-images 400",
+        "craft-fast run prompts.csv --preset sdxl --vram 8 --offline",
     ),
 )
 
@@ -29,10 +30,14 @@ def run(
     max_images: opt.MaxImages = None,
     max_minutes: opt.MaxMinutes = None,
     until: opt.Until = None,
+    vram_gib: opt.Vram = None,
+    offline: opt.Offline = None,
     runs: opt.Runs = opt.DEFAULT_RUNS,
     as_json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Run every stage, up to ``until`` if given."""
-    request = Request(name, runs, config, preset, overrides or (), prompts, texts or (), max_images, max_minutes)
+    request = Request(
+        name, runs, config, preset, overrides or (), prompts, texts or (), max_images, max_minutes, vram_gib, offline
+    )
     execute(request, as_json=as_json, quiet=quiet, until=until)
