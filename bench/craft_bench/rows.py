@@ -78,7 +78,7 @@ def commit() -> str | None:
         # The wheel may lie in an environment inside of somebody else's checkout: only a tracked file has a commit.
         if _git(here, "log", "-1", "--format=%h", "--", "registry.py"):
             found = _git(here, "rev-parse", "--short", "HEAD")
-            sources = ("bench/craft_bench", "kernels")
+            sources = ("bench/craft_bench", "kernels", "craft_fast")
             top = Path(_git(here, "rev-parse", "--show-toplevel"))
             return found + ("+" if _git(top, "status", "--porcelain", "--", *sources) else "")
     except (OSError, subprocess.SubprocessError):
