@@ -16,8 +16,7 @@ from torch import Tensor
 from craft_fast.config import Settings
 from craft_fast.errors import IntegrityError
 from craft_fast.records import FileRef
-from craft_fast.sdxl.load import model_folder
-from craft_fast.sdxl.unet import WEIGHTS_NAME, stored_shapes
+from craft_fast.sdxl.unet import WEIGHTS_NAME, base_unet
 from craft_fast.store import atomic
 from craft_fast.store.run import Run
 from craft_fast.store.safe_load import load_safetensors
@@ -45,15 +44,15 @@ def export_lora(
     Raises:
         IntegrityError: NaN or infinity, layers that are not the UNet's, or a file that reads back differently.
     """
-    base = model_folder(settings.model.path) / "unet"
-    shapes = stored_shapes(base)
+    base = base_unet(settings.model)
+    shapes = base.shapes
     dtype: torch.dtype = getattr(torch, settings.export.dtype)
     header = {f"craft_fast.{name}": str(value) for name, value in metadata.items()}
     if settings.train.method == "full":
         tensors = {name: value.to(dtype) for name, value in adapter_state.items()}
-        _same_names_and_shapes({name: tuple(value.shape) for name, value in tensors.items()}, shapes, base)
+        _same_names_and_shapes({name: tuple(value.shape) for name, value in tensors.items()}, shapes, base.where)
         path = run.path(FOLDER, f"{settings.export.name}-unet", WEIGHTS_NAME)
-        atomic.write_bytes(path.with_name("config.json"), (base / "config.json").read_bytes())
+        atomic.write_bytes(path.with_name("config.json"), base.config_json)
         return _write(run, path, tensors, {"format": "pt", **header})
     rank, alpha = settings.train.rank, settings.train.lora_alpha
     tensors = lora_tensors(adapter_state, scale=alpha / rank, dtype=dtype)

@@ -65,9 +65,7 @@ def histogram_chart(item: Histogram) -> str:
     if item.accepted_mean is not None:
         marks.append(("kept-mean", item.accepted_mean))
     span = (item.high - item.low) or 1.0
-    lines = "".join(
-        f'<path class="{name}" d="M{100 * (value - item.low) / span:.2f} 0V40"/>' for name, value in marks
-    )
+    lines = "".join(f'<path class="{name}" d="M{100 * (value - item.low) / span:.2f} 0V40"/>' for name, value in marks)
     kept = f'<path class="kept" d="{_steps(item.accepted, top)}"/>' if item.accepted_mean is not None else ""
     note = f"{item.reward}: mean of candidates {number(item.candidates_mean)}"
     return (

@@ -21,7 +21,7 @@ from craft_fast.records import Candidate, EvalRow, FileRef, Selection, StageRow
 from craft_fast.store.run import read_log
 
 if TYPE_CHECKING:
-    from craft_fast.config import Settings
+    from craft_fast.config import ModelSettings, Settings
     from craft_fast.store.manifest import Manifest
     from craft_fast.store.run import Run
 
@@ -143,7 +143,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         losses=_losses(run, inputs.train),
         versions=_versions(),
         reward_keys=reward_keys,
-        model_digest=_model_digest(settings.model.path),
+        model_digest=_model_digest(settings.model),
         loras=_loras(run),
     )
 
@@ -213,12 +213,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _model_digest(path: str) -> str | None:
+def _model_digest(model: ModelSettings) -> str | None:
     """The model's digest, free where the pipeline has just computed it; None when the model is not there any more."""
     from craft_fast.sdxl.load import model_digest
 
     try:
-        return model_digest(path)
+        return model_digest(model.path, config=model.config, vae=model.vae, offline=model.offline)
     except CraftError:
         return None
 
