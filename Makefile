@@ -60,8 +60,9 @@ check: lint
 	@$(BIN)/lint-imports --no-cache >$(VENV)/lint-imports.log 2>&1 || { cat $(VENV)/lint-imports.log; exit 1; }
 	@tail -n 2 $(VENV)/lint-imports.log
 
+# Two workers: most of the time goes into commands that the tests start. A file's tests stay together, for its fixtures.
 test: check
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 gpu: setup
 	@$(BIN)/python -m pytest -q -m gpu

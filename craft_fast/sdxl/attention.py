@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Literal
 
 import torch
+from torch.nn import functional as F
 
 from craft_fast.errors import EnvironmentProblem
 from craft_fast.quiet import import_bitsandbytes, quiet_third_party
@@ -44,6 +46,54 @@ def head_sizes(unet: Any) -> list[int]:
     from diffusers.models.attention_processor import Attention
 
     return sorted({m.inner_dim // m.heads for m in unet.modules() if isinstance(m, Attention)})
+
+
+def attention_ms(
+    kind: Literal["sdpa", "xformers"],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int = 4096,
+    heads: int = 10,
+    head_size: int = 64,
+    repeats: int = 5,
+) -> float:
+    """Time of one self-attention, forward and backward, at the size of SDXL's largest at 1024 px; best of ``repeats``.
+
+    Args:
+        kind: which kernel.
+        device: where.
+        dtype: of queries, keys and values.
+        tokens: pixels of the feature map.
+        heads: attention heads.
+        head_size: numbers in each.
+        repeats: runs that are timed, after one that is not.
+
+    Returns:
+        Milliseconds.
+    """
+    attend: Any
+    if kind == "xformers":
+        import xformers.ops  # type: ignore[import-not-found,unused-ignore]
+
+        attend, shape = xformers.ops.memory_efficient_attention, (1, tokens, heads, head_size)
+    else:
+        attend, shape = F.scaled_dot_product_attention, (1, heads, tokens, head_size)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    took = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        began = time.perf_counter()
+        out = attend(q, k, v)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        _wait(device)
+        took.append(1000 * (time.perf_counter() - began))
+    return min(took[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _try_xformers(head_size: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -77,17 +77,18 @@ def fetch(
 
 def fetch_model(hub_id: str, offline: bool) -> Path:
     """A whole model in diffusers' layout; errors as ``fetch``."""
-    patterns = [f"{part}/*{end}" for part in PARTS for end in (".json", ".txt")]
-    patterns += [f"{part}/*.safetensors" for part in WEIGHTED] + ["model_index.json"]
+    # Of files in folders alone: beside them lies the whole model once more, as one file.
+    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
 
     def get(*leave_out: str) -> Path:
         return fetch(
             hub_id, setting="model.path", patterns=patterns, missing=_lacks_model, offline=offline, leave_out=leave_out
         )
 
-    folder = get("*non_ema*", "*.fp16.*", "*.fp16-*")
+    # vae_1_0 is SDXL base's older VAE.
+    folder = get("vae_1_0/*", "*non_ema*", "*.fp16.*", "*.fp16-*")
     # Some pages hold half-precision copies alone.
-    return get("*non_ema*") if _lacks_model(folder) else folder
+    return get("vae_1_0/*", "*non_ema*") if _lacks_model(folder) else folder
 
 
 def fetch_texts(hub_id: str, file: Path, offline: bool) -> Path:

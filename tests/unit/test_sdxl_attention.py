@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from craft_fast.errors import EnvironmentProblem, ExitCode
-from craft_fast.sdxl.attention import head_sizes, set_attention
+from craft_fast.sdxl.attention import attention_ms, head_sizes, set_attention
 from tests.unit.small_unets import forward, prepared, shipped_unet, small_unet
 
 without_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is not None, reason="xformers is installed")
@@ -39,6 +39,14 @@ def test_it_works_on_a_unet_with_adapters() -> None:
             expected = forward(unet)
             assert set_attention(unet, "auto") == "sdpa"
             assert torch.equal(forward(unet), expected)
+
+
+def test_time_of_an_attention_grows_with_its_tokens() -> None:
+    few, many = (
+        attention_ms("sdpa", device=torch.device("cpu"), dtype=torch.float32, tokens=tokens, heads=2, repeats=3)
+        for tokens in (64, 1024)
+    )
+    assert 0 < few < many
 
 
 def test_head_sizes_are_those_of_the_unet() -> None:
