@@ -22,18 +22,7 @@ export PYTHONPATH="$PWD:$PWD/kernels:$PWD/cli:$PWD/bench${PYTHONPATH:+:$PYTHONPA
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false PYTHONUTF8=1
 unset CRAFT_KERNELS_IMPL TRITON_INTERPRET
 
-failed=0
-SECONDS=0
-part() { # NAME LIMIT_S LOG COMMAND...: run it, say how long it took, remember whether it failed
-  local name=$1 limit=$2 log=$3 began=$SECONDS code=0
-  shift 3
-  echo "== $name"
-  timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$log" || code=$?
-  if [ "$code" -ne 0 ]; then
-    failed=1
-  fi
-  echo "== $name: exit code $code, $((SECONDS - began)) s, $SECONDS s in all"
-}
+source bench/gpu_part.sh
 
 # Test files of ops are run by the benchmark itself; see craft_bench/verify.py.
 mapfile -t others < <("$python" - <<'PY'

@@ -41,18 +41,7 @@ export PYTHONPATH="$PWD:$PWD/kernels:$PWD/cli:$PWD/bench${PYTHONPATH:+:$PYTHONPA
 export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false PYTHONUTF8=1 HF_HUB_OFFLINE=1
 unset CRAFT_KERNELS_IMPL TRITON_INTERPRET
 
-failed=0
-SECONDS=0
-part() { # NAME LIMIT_S LOG COMMAND...: run it, say how long it took, remember whether it failed
-  local name=$1 limit=$2 log=$3 began=$SECONDS code=0
-  shift 3
-  echo "== $name"
-  timeout --signal=INT --kill-after=15 "$limit" "$@" 2>&1 | tee "$log" || code=$?
-  if [ "$code" -ne 0 ]; then
-    failed=1
-  fi
-  echo "== $name: exit code $code, $((SECONDS - began)) s, $SECONDS s in all"
-}
+source bench/gpu_part.sh
 measure() { # LEFT_S GROUP...: these groups, begun no later than LEFT_S from now
   local left=$1
   shift

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,19 +19,8 @@ from craft_fast.sdxl import published
 from craft_fast.sdxl.load import SdxlModel, load_sdxl, model_digest, open_source
 from craft_fast.sdxl.text import encode_prompts
 from craft_fast.sdxl.unet import base_unet
+from tests.unit import original_layout as original
 
-
-def _layout() -> Any:
-    # Test folders are no packages, so a module beside a test is loaded by its path.
-    spec = importlib.util.spec_from_file_location("original_layout", Path(__file__).with_name("original_layout.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-original = _layout()
 EPSILON = {"modelspec.prediction_type": "epsilon"}
 NEVER = EngineSettings(resident="never")
 

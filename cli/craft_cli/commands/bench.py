@@ -79,9 +79,9 @@ def kernels(
 
     mode = choose_mode(as_json=as_json, quiet=quiet)
     chosen = choose_ops(ops or ())
-    _check("--device", device, DEVICES)
+    check("--device", device, DEVICES)
     if dtype is not None:
-        _check("--dtype", dtype, DTYPES)
+        check("--dtype", dtype, DTYPES)
     # Before anything imports torch: threads that wait must not spin, and import notices stay off the screen.
     quiet_third_party()
     with progress(mode) as sink:
@@ -100,7 +100,12 @@ def kernels(
     _refuse_what_is_red(report)
 
 
-def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
+def check(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that an option does not have.
+
+    Raises:
+        UsageError: names the allowed ones.
+    """
     if value not in allowed:
         raise UsageError(f"{option} {value} is unknown", where=option, why=f"it is one of {', '.join(allowed)}")
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from craft_cli import options as opt
+from craft_cli.commands.bench import DEVICES, Deadline, Device, check
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table
-from craft_fast.errors import Interrupted, QualityGateError, UsageError
+from craft_fast.errors import Interrupted, QualityGateError
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
     from craft_bench.sdxl.run import Report
 
-DEVICES = ("auto", "cpu", "cuda")
 SIZES = ("auto", "full", "tiny")
 HELP = opt.help_text(
     "Time SDXL's training and generation on this card.",
@@ -46,15 +46,10 @@ Groups = Annotated[
     typer.Argument(metavar="GROUP", autocompletion=_complete_groups, help="Groups to run; all unless named."),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few cases and short timing.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")]
 SizeOption = Annotated[
     str, typer.Option("--size", metavar="NAME", help="full, tiny, or auto: full on a GPU, tiny on a CPU.")
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for rows.")]
-Deadline = Annotated[
-    float | None,
-    typer.Option("--deadline", metavar="SECONDS", min=0, help="Begin no new case later than this after the start."),
-]
 
 
 def sdxl(
@@ -72,9 +67,8 @@ def sdxl(
 
     mode = choose_mode(as_json=as_json, quiet=quiet)
     chosen = choose_groups(groups or ())
-    for option, value, allowed in (("--device", device, DEVICES), ("--size", size, SIZES)):
-        if value not in allowed:
-            raise UsageError(f"{option} {value} is unknown", where=option, why=f"it is one of {', '.join(allowed)}")
+    check("--device", device, DEVICES)
+    check("--size", size, SIZES)
     # Before anything imports torch: threads that wait must not spin, and import notices stay off the screen.
     quiet_third_party()
     with progress(mode) as sink:
