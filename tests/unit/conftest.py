@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from craft_fast.config import EngineSettings
 from craft_fast.sdxl.load import SdxlModel, load_sdxl
 from craft_fast.tiny.random_model import build_random_sdxl
 
@@ -20,3 +21,9 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sdxl(sdxl_folder: Path) -> SdxlModel:
     """That folder, loaded on the CPU in float32; tests must leave it as they found it."""
     return load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def apart(sdxl_folder: Path) -> SdxlModel:
+    """The model, its parts loaded for their phase alone."""
+    return load_sdxl(sdxl_folder, device="cpu", dtype="float32", engine=EngineSettings(resident="never"))

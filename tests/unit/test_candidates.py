@@ -12,7 +12,7 @@ import torch
 
 from craft_fast import rng
 from craft_fast.candidates import chunks, generate
-from craft_fast.config import EngineSettings, GenerateSettings
+from craft_fast.config import GenerateSettings
 from craft_fast.progress import Silent, Task
 from craft_fast.records import Candidate, Group, Prompt, Variant
 from craft_fast.sdxl import drawing
@@ -214,12 +214,6 @@ def test_drawing_is_the_same_for_any_unet_passed(sdxl: SdxlModel) -> None:
 
 
 # ---- phases
-
-
-@pytest.fixture
-def apart(sdxl_folder: Path) -> SdxlModel:
-    """The same model, its parts loaded for their phase alone."""
-    return load_sdxl(sdxl_folder, device="cpu", dtype="float32", engine=EngineSettings(resident="never"))
 
 
 class Uses:
