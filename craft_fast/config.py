@@ -12,6 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 
+# Published reward models that are known by name (craft_fast.rewards.catalog), and the network families they are of.
+OFFICIAL_REWARDS = (
+    "hpsv2.1", "hpsv2.0", "pickscore", "aesthetic-v2", "image-reward", "mps", "clipscore-l14", "clipscore-b32",
+)  # fmt: skip
+REWARD_FAMILIES = ("clip", "aesthetic", "image_reward", "mps")
+
 
 def _f(default: Any, text: str, *, unit: str = "", source: str = "", **bounds: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"unit": unit, "source": source}, **bounds)
@@ -121,15 +127,37 @@ class GenerateSettings(Section):
 
 
 class RewardSettings(Section):
-    kind: Literal["clip", "aesthetic", "image_reward", "function"] = _f(..., "network family, or a Python function")
-    path: str = _f("", "folder, hub id or package:NAME/FOLDER; function: module:callable")
+    kind: str = _f(
+        ...,
+        f"published model ({', '.join(OFFICIAL_REWARDS)}), a family ({', '.join(REWARD_FAMILIES)}) with a folder of "
+        "its files, function, or a plug-in's name",
+    )
+    path: str = _f(
+        "",
+        "published model: folder of its files, empty: where craft-fast rewards fetch puts them; family: folder, hub id "
+        "or package:NAME/FOLDER; function: module:callable",
+    )
+    backend: Literal["native", "package"] = _f(
+        "native",
+        "package: the authors' own package, in an environment of its own (craft-fast rewards install); it is there for "
+        "hpsv2.1, hpsv2.0 and image-reward",
+    )
+    options: dict[str, str | int | float | bool] = _f({}, "plug-in: its keyword arguments")
     weight: float = _f(1.0, "weight w_m in r_total", source="design.md 1 item 3")
     held_out: bool = _f(False, "never filters or weights; only judges the result")
 
 
 class ScoreSettings(Section):
     prompt: Literal["base", "expanded"] = _f("base", "which text the rewards see", source="design.md 1 item 1")
-    batch_size: int = _f(64, "images scored together", ge=1)
+    batch_size: int = _f(64, "images scored together at most; fewer where memory is short", ge=1)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = _f(
+        "auto", "precision of the reward networks; auto: float16 on a GPU, float32 on a CPU"
+    )
+    lazy: bool = _f(
+        True,
+        "ask rewards that nothing but the filter needs only about candidates that the others let through, the cheapest "
+        "and most selective first; verdicts are the same",
+    )
 
 
 class FilterSettings(Section):

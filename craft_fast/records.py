@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Split = Literal["train", "heldout"]
@@ -61,6 +61,32 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Provenance:
+    """How a reward's scores come about; scores may be compared when all of it is equal.
+
+    Attributes:
+        backend: ``native``, ``package hpsv2x 1.2.0``, ``function``, ``plug-in NAME VERSION``.
+        checkpoint: sha256 of the weights; of several files, the digest of their names and sha256.
+        preprocessing: how pictures become pixels, such as ``pil-bicubic/crop/224``.
+        tokenizer: how text becomes tokens, with a digest of the vocabulary; empty where text is not looked at.
+        precision: dtype of the network, such as ``float16``.
+        note: what else decides a score, such as a threshold or a scale.
+    """
+
+    backend: str
+    checkpoint: str
+    preprocessing: str = ""
+    tokenizer: str = ""
+    precision: str = ""
+    note: str = ""
+
+    def differences(self, other: Provenance) -> list[str]:
+        """Fields in which two provenances differ, each as ``field: this, that``."""
+        pairs = [(item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
+        return [f"{name}: {mine or '-'}, {theirs or '-'}" for name, mine, theirs in pairs if mine != theirs]
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRow:
     """``r_m,ij``: one reward of one candidate. ``reward_key`` digests weights and preprocessing."""
 
@@ -68,6 +94,7 @@ class ScoreRow:
     reward: str
     reward_key: str
     value: float
+    provenance: Provenance | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What every reward is, and how pictures are prepared for a reward network.
+"""What every reward is, and what a reward folder says about itself.
 
 Shapes: B batch, H, W picture, S the network's image side in pixels.
 """
@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
-from torch.nn import functional as F
 
 from craft_fast.errors import ConfigError
+from craft_fast.records import Provenance
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,12 +28,14 @@ class Reward(Protocol):
     Attributes:
         name: short name, as in the settings.
         held_out: never filters or weights; only judges the result.
-        key: digest of weights and preprocessing; equal keys give equal scores.
+        key: digest of weights, preprocessing and settings; equal keys give equal scores on equal machines.
+        provenance: how its scores come about on this machine; known without the network being read.
     """
 
     name: str
     held_out: bool
     key: str
+    provenance: Provenance
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Judge pictures.
@@ -47,6 +48,12 @@ class Reward(Protocol):
             float32 [B] on the CPU, in the reward's own unit.
         """
 
+    def memory_bytes(self, images: int) -> int:
+        """Memory that scoring ``images`` at once takes on its device, weights included; 0: not known, or none."""
+
+    def cost(self) -> float:
+        """Operations for one picture, in GFLOP; 0: not known. Only the order of rewards follows it."""
+
     def rest(self) -> None:
         """Leave the accelerator's memory to others until the next ``score``."""
 
@@ -55,25 +62,52 @@ class Reward(Protocol):
 
 
 class Preprocessing(BaseModel):
-    """The content of ``reward.json``: the family, and how its inputs are made.
+    """The content of ``reward.json``: the family, how its inputs are made, and how its output becomes a score.
 
-    ``fit``: how a picture becomes S x S. crop: shortest side to S, centre crop, pixels rounded as PIL does
-    (PickScore, LAION, ImageReward). pad: longest side to S, zeros around (HPSv2). stretch: both sides to S.
+    Attributes:
+        family: of the network.
+        image_size: S, pixels.
+        resize: none: pictures are S x S already; bicubic: as ``fit`` says.
+        fit: how a picture becomes S x S. crop: shortest side to S, centre crop, bytes into bytes as PIL does
+            (PickScore, LAION, ImageReward, MPS, CLIPScore). pad: longest side to S, zeros around, floats that are not
+            rounded (HPSv2). stretch: both sides to S, as PIL does.
+        antialias: of ``pad``; torchvision before 0.17 had none there, so published HPSv2 scores differ in it.
+        crop_rounding: where a crop begins that does not divide evenly: floor, as transformers does (PickScore, MPS,
+            CLIPScore), or round to even, as torchvision does (LAION, ImageReward); one pixel off on 1216x832.
+        mean, std: of each channel.
+        max_tokens: of a prompt, start and end included; longer ones are cut.
+        text: open_clip: mended (ftfy), HTML entities resolved twice, whitespace collapsed, as open_clip does before its
+            BPE; plain: as it is.
+        prefix: put before every prompt.
+        score_scale: what the cosine is multiplied by.
+        score_floor: lower scores become this.
+        score_mean, score_std: the score is shifted and scaled by.
+        condition, threshold: MPS: the text whose likeness selects a prompt's tokens, and how like they must be.
+        tokenizer: folder or hub id, where the reward's folder has none of its own.
+        note: told in the provenance of every score.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
-    family: Literal["clip", "aesthetic", "image_reward"]
+    family: Literal["clip", "aesthetic", "image_reward", "mps"]
     image_size: int = Field(default=224, ge=8, le=2048)
     resize: Literal["none", "bicubic"] = "bicubic"
     fit: Literal["crop", "pad", "stretch"] = "crop"
+    antialias: bool = True
+    crop_rounding: Literal["floor", "round"] = "floor"
     mean: Triple = CLIP_MEAN
     std: Triple = CLIP_STD
     max_tokens: int = Field(default=77, ge=2, le=4096)
+    text: Literal["open_clip", "plain"] = "open_clip"
+    prefix: str = ""
     score_scale: float | Literal["logit_scale"] = 1.0
+    score_floor: float | None = None
     score_mean: float = 0.0
     score_std: float = Field(default=1.0, gt=0)
+    condition: str = ""
+    threshold: float = 0.0
     tokenizer: str | None = None
+    note: str = ""
 
 
 # PickScore as published: a CLIPModel folder without a reward.json, its score logit_scale.exp() * cosine.
@@ -115,66 +149,3 @@ def read_preprocessing(folder: Path, kind: str) -> Preprocessing:
     return found
 
 
-def prepare(images: Tensor, spec: Preprocessing) -> Tensor:
-    """Pictures to a network's pixels: resized, cropped or padded, normalised.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        spec: how.
-
-    Returns:
-        float32 [B, 3, S, S] on the pictures' device.
-
-    Raises:
-        ConfigError: ``resize`` is none and the pictures are not S x S.
-    """
-    size = spec.image_size
-    pixels = images.to(torch.float32)
-    if spec.resize == "none" or tuple(images.shape[2:]) == (size, size):
-        if tuple(images.shape[2:]) != (size, size):
-            height, width = images.shape[2:]
-            raise ConfigError(
-                "A reward takes pictures of one size only.",
-                where=REWARD_FILE,
-                why=f"pictures of {width}x{height} px, the reward takes {size}x{size} and its resize is none",
-                hint=f"set generate.width_px and generate.height_px to {size}, or resize to bicubic",
-            )
-        return _standardise(pixels / 255, spec)
-    if spec.fit == "pad":
-        return _standardise(_pad(_resize(pixels, size, longest=True) / 255, size), spec)
-    if spec.fit == "stretch":
-        return _standardise(_round(_bicubic(pixels, (size, size))) / 255, spec)
-    pixels = _round(_resize(pixels, size, longest=False))
-    top, left = (pixels.shape[2] - size) // 2, (pixels.shape[3] - size) // 2
-    return _standardise(pixels[:, :, top : top + size, left : left + size] / 255, spec)
-
-
-def _bicubic(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(pixels, size, mode="bicubic", antialias=True)
-
-
-def _resize(pixels: Tensor, size: int, *, longest: bool) -> Tensor:
-    """One side, the longest or the shortest, to ``size``; the other in proportion."""
-    height, width = pixels.shape[2:]
-    if longest:  # HPSv2 rounds the other side
-        scale = size / max(height, width)
-        return _bicubic(pixels, (max(1, round(height * scale)), max(1, round(width * scale))))
-    short = min(height, width)  # transformers and PIL's users cut it off
-    return _bicubic(pixels, (size * height // short, size * width // short))
-
-
-def _round(pixels: Tensor) -> Tensor:
-    """PIL resizes bytes into bytes; HPSv2 resizes floats and rounds nothing."""
-    return pixels.round().clamp(0, 255)
-
-
-def _pad(pixels: Tensor, size: int) -> Tensor:
-    height, width = pixels.shape[2:]
-    top, left = (size - height) // 2, (size - width) // 2
-    return F.pad(pixels, (left, size - width - left, top, size - height - top))
-
-
-def _standardise(pixels: Tensor, spec: Preprocessing) -> Tensor:
-    mean = torch.tensor(spec.mean, device=pixels.device).reshape(1, 3, 1, 1)
-    std = torch.tensor(spec.std, device=pixels.device).reshape(1, 3, 1, 1)
-    return (pixels - mean) / std

@@ -18,7 +18,8 @@ from torch import Tensor
 from craft_fast.config import RewardSettings
 from craft_fast.errors import CraftError, EnvironmentProblem, IntegrityError
 from craft_fast.quiet import quiet_progress_bars, quiet_third_party
-from craft_fast.rewards.base import REWARD_FILE, Preprocessing, prepare, read_preprocessing
+from craft_fast.rewards.base import REWARD_FILE, Preprocessing, read_preprocessing
+from craft_fast.rewards.pixels import prepare
 from craft_fast.sdxl.hub import fetch
 from craft_fast.sdxl.weights import free_memory
 from craft_fast.store.digest import digest_folder, digest_json

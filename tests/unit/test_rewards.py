@@ -16,7 +16,8 @@ from torch import Tensor
 
 from craft_fast.config import RewardSettings
 from craft_fast.errors import ConfigError, CraftError, EnvironmentProblem, IntegrityError
-from craft_fast.rewards.base import CLIP_MEAN, CLIP_STD, Preprocessing, prepare, read_preprocessing
+from craft_fast.rewards.base import CLIP_MEAN, CLIP_STD, Preprocessing, read_preprocessing
+from craft_fast.rewards.pixels import prepare
 from craft_fast.rewards.registry import load_reward, reward_key
 from craft_fast.tiny.random_rewards import build_random_rewards
 
