@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from craft_cli import options as opt
 from craft_cli.commands import (
     bench,
     bench_sdxl,
@@ -115,6 +116,24 @@ _bench = typer.Typer(
 _bench.command("kernels", help=bench.KERNELS_HELP)(guard(bench.kernels))
 _bench.command("sdxl", help=bench_sdxl.HELP)(guard(bench_sdxl.sdxl))
 app.add_typer(_bench)
+
+_REWARDS_HELP = opt.help_text(
+    "Reward models: what is here, fetch, verify, rate pictures.",
+    "Published reward models by name, where their files go, the authors' own packages as a reference, and scores of any "
+    "folder of pictures.",
+    examples=(
+        "craft-fast rewards list",
+        "craft-fast rewards score pictures/ --prompt 'a red circle'",
+    ),
+)
+_rewards = typer.Typer(
+    name="rewards", help=_REWARDS_HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+_REWARD_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {}
+for _name, (_command, _help) in _REWARD_COMMANDS.items():
+    _rewards.command(_name, help=_help)(guard(_command))
+app.add_typer(_rewards)
 
 
 def main() -> None:
