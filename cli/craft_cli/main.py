@@ -119,7 +119,7 @@ app.add_typer(_bench)
 
 _REWARDS_HELP = opt.help_text(
     "Reward models: what is here, fetch, verify, rate pictures.",
-    "Published reward models by name, where their files go, the authors' own packages as a reference, and scores of any "
+    "Published reward models by name, where their files go, the authors' packages as a reference, and scores of any "
     "folder of pictures.",
     examples=(
         "craft-fast rewards list",
