@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from craft_fast.rewards.networks import AestheticReward, ClipReward, ImageReward, ScoreHead
+from craft_fast.rewards.networks import AestheticReward, ClipReward, ImageReward, MpsReward, ScoreHead
 from craft_fast.rng import derive_seed
 from craft_fast.store.atomic import write_json
 from craft_fast.tiny.random_model import build_clip_tokenizer
@@ -17,7 +17,7 @@ IMAGE_PX = 64
 
 
 def build_random_rewards(folder: Path, *, seed: int = 0) -> Path:
-    """Save h and p (clip), a (aesthetic) and image_reward, each in a folder of its name; equal seeds, equal bytes.
+    """Save h and p (clip), a (aesthetic), image_reward and mps, each in a folder of its name; equal seeds, equal bytes.
 
     Args:
         folder: created; files of an earlier build are overwritten.
@@ -26,7 +26,7 @@ def build_random_rewards(folder: Path, *, seed: int = 0) -> Path:
     Returns:
         ``folder``.
     """
-    for name in ("h", "p", "a", "image_reward"):
+    for name in ("h", "p", "a", "image_reward", "mps"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "random_rewards", name))
             _build(folder / name, name)
@@ -46,6 +46,12 @@ def _build(folder: Path, name: str) -> None:
         write_json(folder / "reward.json", {"family": name, **info, "score_mean": 0.1, "score_std": 2.0})
         return
     config = CLIPConfig(text_config=_text(vocab_size), vision_config=_vision().to_dict(), projection_dim=16)
+    if name == "mps":
+        cross = {"dim": 16, "layers": 2, "heads": 2, "head_dim": 8, "ff_mult": 2}
+        MpsReward({"clip": config.to_dict(), "cross": cross}).save_folder(folder)
+        told = {"score_scale": "logit_scale", "condition": "light, color, things.", "threshold": 0.01}
+        write_json(folder / "reward.json", {"family": name, **info, **told})
+        return
     ClipReward(CLIPModel(config)).save_folder(folder)
     write_json(folder / "reward.json", {"family": "clip", **info, "score_scale": 1.0 if name == "h" else 100.0})
 
