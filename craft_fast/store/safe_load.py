@@ -9,14 +9,17 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import struct
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from craft_fast.errors import EnvironmentProblem, IntegrityError
 from craft_fast.store.digest import sha256_bytes, sha256_file
 
 if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
     import torch
 
 MAX_HEADER_BYTES = 100_000_000
@@ -159,7 +162,10 @@ def _refuse_non_finite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_image(path: Path | str) -> torch.Tensor:
-    """Read a PNG, JPEG or WebP picture of at most 64 megapixels.
+    """Read a PNG, JPEG or WebP picture of at most 64 megapixels, turned as its EXIF data say.
+
+    Alpha is dropped, not blended: the colours under it are taken, as every published reward does. Of 16 bits the upper
+    8 are taken. Of an animation the first picture is taken.
 
     Returns:
         uint8 [3, H, W], RGB.
@@ -168,9 +174,8 @@ def read_image(path: Path | str) -> torch.Tensor:
         IntegrityError: another format, damaged, or too large.
         EnvironmentProblem: there is no such file.
     """
-    import numpy as np
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     path = Path(path)
     try:
@@ -179,16 +184,17 @@ def read_image(path: Path | str) -> torch.Tensor:
         raise EnvironmentProblem("A picture cannot be read", where=str(path), why=str(error)) from error
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a palette's transparency, unreadable EXIF data
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                pixels = np.asarray(image.convert("RGB")).copy()
+                pixels = _upright(_rgb(image), image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise IntegrityError(
             "A picture is too large", where=str(path), why=f"{error}; allowed: 64 megapixels"
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error) as error:
         raise IntegrityError(
             "A picture is damaged or of a kind that is not read",
             where=str(path),
@@ -196,3 +202,28 @@ def read_image(path: Path | str) -> torch.Tensor:
             hint="PNG, JPEG, WebP",
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _rgb(image: PIL.Image.Image) -> np.ndarray[Any, Any]:
+    """Decoded pixels, uint8 [H, W, 3]."""
+    import numpy as np
+
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips in some versions
+        grey = np.asarray(image).astype(np.int32) >> 8  # the upper byte, as Pillow takes of 16-bit colours
+        return np.repeat(grey.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def _upright(pixels: np.ndarray[Any, Any], image: PIL.Image.Image) -> np.ndarray[Any, Any]:
+    """Turned and mirrored by the EXIF orientation, 1 to 8; unreadable EXIF data are as if there were none."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error):
+        orientation = 1
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels.copy()
