@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
 from string import ascii_letters
 from typing import Any
 
-from craft_fast.config import ExpandSettings, GenerateSettings, ModelSettings, Settings, TrainSettings
+from craft_fast.config import (
+    OFFICIAL_REWARDS,
+    REWARD_FAMILIES,
+    ExpandSettings,
+    GenerateSettings,
+    ModelSettings,
+    RewardSettings,
+    Settings,
+    TrainSettings,
+)
 
 SLOT = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
+
+# Where installed packages name their rewards (craft_fast.rewards.plugin).
+PLUGIN_GROUP = "craft_fast.rewards"
+# Published models whose authors' own package can score (craft_fast.rewards.packages).
+PACKAGED_REWARDS = ("hpsv2.1", "hpsv2.0", "image-reward")
 
 Finding = tuple[set[str], str]
 
@@ -81,11 +96,8 @@ def _rewards(settings: Settings) -> Iterator[Finding]:
     for name, reward in rewards.items():
         if not _NAME.fullmatch(name) or name[0] not in ascii_letters:
             yield {"rewards"}, f"rewards: found the name {name!r}; must be letters, digits and _, at most 40"
-        if not reward.path:
-            what = "a folder, hub id, package:NAME/FOLDER or module:callable"
-            yield {"rewards"}, f"rewards.{name}.path: found nothing; must be {what}"
-        elif reward.kind == "function" and not re.fullmatch(r"[\w.]+:\w+", reward.path):
-            yield {"rewards"}, f"rewards.{name}.path: found {reward.path!r}; must be module:callable for kind function"
+        for text in _reward(f"rewards.{name}", reward):
+            yield {"rewards"}, text
     if not training:
         yield {"rewards"}, "rewards: found none that is not held out; at least one must give the samples their weight"
     for name in settings.filter.rewards:
@@ -97,6 +109,43 @@ def _rewards(settings: Settings) -> Iterator[Finding]:
             )
     if len(set(settings.filter.rewards)) < len(settings.filter.rewards):
         yield {"filter"}, f"filter.rewards: found {settings.filter.rewards}; each name may be there once"
+
+
+def _reward(key: str, reward: RewardSettings) -> Iterator[str]:
+    """Findings on one reward: which fields its kind needs, and which it has no use for."""
+    kind = reward.kind
+    built_in = (*OFFICIAL_REWARDS, *REWARD_FAMILIES, "function")
+    plugins = [] if kind in built_in else _plugins()
+    if kind not in (*built_in, *plugins):
+        known = list(dict.fromkeys([*built_in, *plugins]))
+        close = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.5)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        told = f"must be one of {', '.join(known)}, or an installed plug-in's name"
+        yield f"{key}.kind: found {kind!r}; {told}{guess}"
+        return
+    if kind == "function" and not re.fullmatch(r"[\w.]+:\w+", reward.path):
+        found = repr(reward.path) if reward.path else "nothing"
+        yield f"{key}.path: found {found}; must be module:callable for kind function"
+    if kind in set(REWARD_FAMILIES) - set(OFFICIAL_REWARDS) and not reward.path:
+        published = ", ".join(OFFICIAL_REWARDS)
+        yield (
+            f"{key}.path: found nothing; must be a folder, hub id or package:NAME/FOLDER for kind {kind}; "
+            f"a published model needs no path but its own kind: {published}"
+        )
+    if kind in plugins and reward.path:
+        yield f"{key}.path: found {reward.path!r}; must be empty for a plug-in, whose arguments are {key}.options"
+    if reward.backend == "package" and kind not in PACKAGED_REWARDS:
+        yield f"{key}.backend: found package with kind {kind}; must be native, or kind {', '.join(PACKAGED_REWARDS)}"
+    if reward.options and kind not in plugins:
+        found = ", ".join(reward.options)
+        yield f"{key}.options: found {found} with kind {kind}; must be empty, only plug-ins take options"
+
+
+def _plugins() -> list[str]:
+    """Names of installed reward plug-ins."""
+    from importlib.metadata import entry_points  # 18 ms, and nearly every command reads settings
+
+    return sorted(entry_points(group=PLUGIN_GROUP).names)
 
 
 def _expand(expand: ExpandSettings) -> Iterator[str]:

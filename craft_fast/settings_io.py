@@ -349,7 +349,9 @@ def _render_field(name: str, field: FieldInfo, value: Any, indent: str) -> list[
     if isinstance(value, BaseModel):
         return [f"{indent}# {field.description}", f"{indent}{name}:", *_render_model(value, indent + "  ")]
     out = [f"{indent}# {_comment(field)}"]
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict) and value and not any(isinstance(inner, BaseModel) for inner in value.values()):
+        out += [f"{indent}{name}:", *(f"{indent}  {dump_inline(k)}: {dump_inline(v)}" for k, v in value.items())]
+    elif isinstance(value, dict) and value:
         out.append(f"{indent}{name}:")
         for key, inner in value.items():
             out += [f"{indent}  {dump_inline(key)}:", *_render_model(inner, indent + "    ")]

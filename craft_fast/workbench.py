@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from craft_fast.config import Settings
 
 if TYPE_CHECKING:
+    from craft_fast.budget import Machine
+    from craft_fast.progress import Progress
     from craft_fast.rewards.base import Reward
     from craft_fast.sdxl.load import SdxlModel
     from craft_fast.sdxl.vae import Concessions
@@ -69,24 +71,75 @@ class Workbench:
             self._concessions = Concessions()
         return self._concessions
 
-    def rewards(self, *, held_out: bool) -> list[Reward]:
+    def rewards(self, *, held_out: bool, progress: Progress | None = None) -> list[Reward]:
         """The rewards that judge candidates or, with ``held_out``, all of them; opened on the first call.
 
         Where models do not stay on the device, the SDXL's parts are freed first, and a reward's network is there from
-        its first score to its ``rest``.
+        its first score to its ``rest``. Where they do, the networks stay as well if all of them have room together.
+
+        Args:
+            held_out: those that only judge the result, too.
+            progress: told of files that are fetched.
         """
+        from craft_fast.budget import machine_of
         from craft_fast.rewards.registry import load_reward
         from craft_fast.sdxl.load import pick_device
 
         if self._model is not None:
             self._model.rest()
-        chosen = self.settings.model
-        device = pick_device(chosen.device)
-        wanted = {name: spec for name, spec in self.settings.rewards.items() if held_out or not spec.held_out}
+        settings = self.settings
+        device = pick_device(settings.model.device)
+        wanted = {name: spec for name, spec in settings.rewards.items() if held_out or not spec.held_out}
         for name, spec in wanted.items():
             if name not in self._rewards:
-                self._rewards[name] = load_reward(name, spec, device, offline=chosen.offline, resident=self.resident)
-        return [self._rewards[name] for name in wanted]
+                self._rewards[name] = load_reward(
+                    name, spec, device, offline=settings.model.offline, resident=self.resident,
+                    dtype=settings.score.dtype, attention=settings.engine.attention, progress=progress,
+                )  # fmt: skip
+        asked = [self._rewards[name] for name in wanted]
+        self._share_memory(asked, machine_of(device))
+        return asked
+
+    def _share_memory(self, rewards: list[Reward], machine: Machine) -> None:
+        """Tell the networks how much memory each has on the device, and whether they stay there.
+
+        By sizes that are known beforehand, never by what is free just now: the batch that a network takes at a time
+        changes the rounding of its scores. ``craft_fast.plan.stages`` plans by the same rules.
+        """
+        from craft_fast.rewards.network_reward import NetworkReward
+
+        networks = [reward for reward in self._rewards.values() if isinstance(reward, NetworkReward)]
+        if not networks:
+            return
+        asked = [network for network in networks if network in rewards]
+        room, beside_drawing = self._room_for_rewards(machine)
+        weights = sum(network.need.weight_bytes for network in asked)
+        most = max((network.need.image_bytes for network in asked), default=0) * self.settings.score.batch_size
+        stay = machine.gpu and weights + most <= room and weights <= beside_drawing
+        for network in networks:
+            leaves = network.stay and not (stay and network in asked)
+            network.stay = stay and network in asked
+            network.memory_budget = room - (weights - network.need.weight_bytes if network.stay else 0)
+            if leaves:
+                network.rest()
+
+    def _room_for_rewards(self, machine: Machine) -> tuple[int, int]:
+        """Bytes that rewards may take while they score, and those that they may keep while the SDXL draws.
+
+        All that may be used, less the SDXL's weights where they stay; nothing is kept where they do not.
+        """
+        from craft_fast.plan.stages import Costs
+        from craft_fast.sdxl.costs import CUBLAS_BYTES, FRAGMENTATION
+
+        budget = machine.budget(self.settings.engine)
+        if machine.gpu:
+            budget = int(budget / (1 + FRAGMENTATION))
+        room = budget - (CUBLAS_BYTES if machine.gpu else 0)
+        if not self.resident:
+            return max(0, room), 0
+        costs = Costs.of(self.settings, machine)
+        room -= costs.text_weights() + costs.unet_weights() + costs.decode(tiled=True).weight_bytes
+        return max(0, room), max(0, budget - costs.drawing_peak().allocated)
 
     def drop_rewards(self) -> None:
         """Free the rewards' memory; training needs it."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from craft_fast.config import RewardSettings
-from craft_fast.errors import CraftError, EnvironmentProblem
+from craft_fast.errors import CraftError, EnvironmentProblem, ResourceError
+from craft_fast.records import Provenance
 from craft_fast.store.digest import digest_json, sha256_file
 
 
@@ -26,43 +27,83 @@ class FunctionReward:
         held_out: see ``Reward``.
         key: see ``Reward``.
         function: called with a batch.
+        provenance: see ``Reward``.
     """
 
-    def __init__(self, name: str, held_out: bool, key: str, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, name: str, held_out: bool, key: str, function: Callable[..., Any], provenance: Provenance
+    ) -> None:
         self.name = name
         self.held_out = held_out
         self.key = key
+        self.provenance = provenance
         self._function = function
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Judge pictures uint8 [B, 3, H, W] against B prompts; float32 [B] on the CPU.
 
         Raises:
-            CraftError: the function failed, or did not give B finite numbers.
+            CraftError: the function failed, or did not give B finite numbers. ResourceError: it ran out of memory.
         """
-        try:
-            with torch.inference_mode():
-                scores = torch.as_tensor(self._function(images, prompts), dtype=torch.float32).cpu()
-        except CraftError:
-            raise
-        except Exception as err:  # whatever a user's function raises
-            raise CraftError(
-                "A reward's function failed.", where=f"reward {self.name}", why=f"{type(err).__name__}: {err}"
-            ) from err
-        if scores.shape != (images.shape[0],):
-            why = f"{images.shape[0]} numbers are wanted, it gave a shape of {tuple(scores.shape)}"
-            raise CraftError(
-                "A reward's function gave the wrong number of scores.", where=f"reward {self.name}", why=why
-            )
-        if not bool(torch.isfinite(scores).all()):
-            raise CraftError("A reward gave a score that is not a number.", where=f"reward {self.name}")
-        return scores
+        return ask(self._function, images, prompts, name=self.name, what="A reward's function")
+
+    def memory_bytes(self, images: int) -> int:
+        """Not known: 0."""
+        return 0
+
+    def cost(self) -> float:
+        """Not known: 0."""
+        return 0.0
 
     def rest(self) -> None:
         """Nothing to move."""
 
     def close(self) -> None:
         """Nothing to free."""
+
+
+def ask(function: Callable[..., Any], images: Tensor, prompts: Sequence[str], *, name: str, what: str) -> Tensor:
+    """Scores from code that is not ours, checked.
+
+    Args:
+        function: called with the pictures and the prompts.
+        images: uint8 [B, 3, H, W].
+        prompts: B texts.
+        name: of the reward, told in errors.
+        what: what is called, told in errors.
+
+    Returns:
+        float32 [B] on the CPU.
+
+    Raises:
+        CraftError: it failed, or did not give B finite numbers. ResourceError: it ran out of memory.
+    """
+    where = f"reward {name}"
+    try:
+        with torch.inference_mode():
+            scores = torch.as_tensor(function(images, prompts), dtype=torch.float32).cpu()
+    except CraftError:
+        raise
+    except torch.OutOfMemoryError as err:
+        raise ResourceError(
+            f"{what} ran out of memory.",
+            where=where,
+            why=str(err).splitlines()[0],
+            hint=f"fewer pictures at once: --set score.batch_size={max(1, len(prompts) // 2)}",
+        ) from err
+    except Exception as err:  # whatever a user's code raises
+        raise CraftError(f"{what} failed.", where=where, why=f"{type(err).__name__}: {err}") from err
+    if scores.shape != (images.shape[0],):
+        why = f"{images.shape[0]} numbers are wanted, it gave a shape of {tuple(scores.shape)}"
+        raise CraftError(f"{what} gave the wrong number of scores.", where=where, why=why)
+    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
+    if bad:
+        raise CraftError(
+            "A reward gave a score that is not a number.",
+            where=f"{where}, prompt {prompts[bad[0]][:200]!r}",
+            why=f"{scores[bad[0]].item()} for {len(bad)} of {len(scores)} pictures",
+        )
+    return scores
 
 
 def find_function(path: str) -> tuple[Callable[..., Any], str]:
@@ -89,9 +130,23 @@ def find_function(path: str) -> tuple[Callable[..., Any], str]:
         raise EnvironmentProblem(
             "A reward's function is not there.", where=path, why=f"{module_name} has no callable {attribute!r}"
         )
-    source = inspect.getsourcefile(module)
-    content = sha256_file(Path(source)) if source else module_name
-    return function, digest_json(["function", content, getattr(function, "__qualname__", attribute)])
+    return function, digest_json(
+        ["function", source_digest(module) or module_name, getattr(function, "__qualname__", attribute)]
+    )
+
+
+def source_digest(made_of: Any) -> str:
+    """Sha256 of the source file of a module, class or function; empty where it has none."""
+    try:
+        source = inspect.getsourcefile(made_of)
+    except TypeError:  # built in
+        return ""
+    return sha256_file(Path(source)) if source and Path(source).is_file() else ""
+
+
+def function_provenance(path: str) -> Provenance:
+    """How a function's scores come about: by its source. Errors as ``find_function``."""
+    return Provenance("function", find_function(path)[1], note=path)
 
 
 def _import(name: str) -> Any:
@@ -112,4 +167,4 @@ def _import(name: str) -> Any:
 def load_function(name: str, settings: RewardSettings) -> FunctionReward:
     """The reward of ``settings.path``; see ``find_function``."""
     function, key = find_function(settings.path)
-    return FunctionReward(name, settings.held_out, key, function)
+    return FunctionReward(name, settings.held_out, key, function, function_provenance(settings.path))

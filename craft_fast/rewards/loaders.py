@@ -1,159 +1,131 @@
-"""Reward folders to rewards: the three network families behind one class.
+"""From settings to a reward network: which files it is made of, what digests they have, and the network itself.
 
-Shapes: B batch, S image side in pixels, T tokens.
-A reward folder holds ``reward.json``, ``config.json``, ``model.safetensors`` (aesthetic: ``head.safetensors`` too)
-and a tokenizer. Weights are safetensors only, and their keys must fit exactly.
+A family's folder holds ``reward.json``, ``config.json``, ``model.safetensors`` (aesthetic: ``head.safetensors`` too)
+and a tokenizer; weights there are safetensors only. A published model's files are what its authors publish, found by
+``craft_fast.rewards.shelf`` or in a folder of the user's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from craft_fast.config import RewardSettings
-from craft_fast.errors import CraftError, EnvironmentProblem, IntegrityError
-from craft_fast.quiet import quiet_progress_bars, quiet_third_party
+from craft_fast.config import OFFICIAL_REWARDS, REWARD_FAMILIES, RewardSettings
+from craft_fast.errors import ConfigError, EnvironmentProblem, IntegrityError
+from craft_fast.quiet import quiet_third_party
+from craft_fast.records import Provenance
 from craft_fast.rewards.base import REWARD_FILE, Preprocessing, read_preprocessing
-from craft_fast.rewards.pixels import prepare
+from craft_fast.rewards.network_reward import Need, NetworkReward
+from craft_fast.rewards.pixels import preprocessing_id
 from craft_fast.sdxl.hub import fetch
-from craft_fast.sdxl.weights import free_memory
-from craft_fast.store.digest import digest_folder, digest_json
+from craft_fast.store.digest import digest_json, sha256_once
 from craft_fast.store.run import resolve_uri
 from craft_fast.store.safe_load import conversion_command
 
+if TYPE_CHECKING:
+    from craft_fast.progress import Progress
+    from craft_fast.rewards.texts import Texts
+
 _PATTERNS = ["*.json", "*.txt", "*.safetensors"]
 _TOKENIZER_PATTERNS = ["tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json"]
-_VERSION = 1
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt",
+)  # fmt: skip
+# Of how pictures and texts are prepared and scores are computed, where the same files and settings give other scores.
+_VERSION = 2
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WEIGHTS = ("weights", "head")
 
 
-class NetworkReward:
-    """A reward network with its preprocessing.
+@dataclass(frozen=True)
+class RewardSource:
+    """The files of a reward network and how it is used.
 
-    Scores do not depend on what was scored before: a text is tokenised once and, in the clip family, embedded once,
-    by itself.
-
-    Args:
-        name: short name.
-        held_out: see ``Reward``.
-        key: see ``Reward``.
-        load: reads the network, one of the families of ``networks``.
+    Attributes:
         spec: preprocessing.
-        tokenizer: of transformers; None for the aesthetic family.
-        device: to score on; elsewhere than on a CPU the network is there only between ``score`` and ``rest``.
-        resident: the network is read now and rests in the machine's memory; otherwise it is read by the first
-            ``score`` and forgotten by ``rest``, so that one reward at a time takes memory at all.
+        files: by role: weights, and config and head where there are such files.
+        tokenizer: folder of the tokenizer's files; None where text is not looked at.
+        origin: what it is, for people: a published model's name, or the folder.
+        tokenizer_files: those of the folder that count.
     """
 
-    def __init__(
-        self,
-        name: str,
-        held_out: bool,
-        key: str,
-        load: Callable[[], Any],
-        spec: Preprocessing,
-        tokenizer: Any | None,
-        device: torch.device,
-        *,
-        resident: bool = True,
-    ) -> None:
-        self.name = name
-        self.held_out = held_out
-        self.key = key
-        self.spec = spec
-        self.device = device
-        self._load: Callable[[], Any] | None = load
-        self._resident = resident
-        self._network: Any = None
-        self._tokenizer = tokenizer
-        self._tokens: dict[str, tuple[Tensor, Tensor]] = {}
-        self._texts: dict[str, Tensor] = {}
-        if resident:
-            self._ready()
+    spec: Preprocessing
+    files: Mapping[str, Path]
+    tokenizer: Path | None
+    origin: str
+    tokenizer_files: tuple[Path, ...] = field(default=())
 
-    def _ready(self) -> None:
-        """Have the network in memory."""
-        if self._load is None:
-            raise CraftError("A closed reward cannot score.", where=self.name)
-        if self._network is None:
-            self._network = self._load().eval().requires_grad_(False)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Judge pictures uint8 [B, 3, H, W] against B prompts; float32 [B] on the CPU.
+# ---- which files
 
-        Raises:
-            CraftError: closed before, numbers of pictures and prompts differ, or a score is not finite.
-        """
-        self._ready()
-        if len(prompts) != images.shape[0]:
-            raise CraftError("Pictures and prompts differ in number.", where=self.name)
-        self._network.to(self.device)
-        with torch.inference_mode(), self._precision():
-            pixels = prepare(images.to(self.device), self.spec)
-            if self.spec.family == "aesthetic":
-                scores = self._network(pixels)
-            elif self.spec.family == "clip":
-                texts = torch.stack([self._text(prompt) for prompt in prompts])
-                scores = (self._network.image_embedding(pixels).float() * texts).sum(-1) * self._network.score_scale
-            else:
-                pairs = [self._tokenise(prompt) for prompt in prompts]
-                ids, mask = (torch.stack(part).to(self.device) for part in zip(*pairs, strict=True))
-                scores = self._network(pixels, ids, mask)
-        found: Tensor = scores.float().cpu()
-        if not bool(torch.isfinite(found).all()):
-            raise CraftError("A reward gave a score that is not a number.", where=f"reward {self.name}")
-        return found
 
-    def rest(self) -> None:
-        """Move the network off the accelerator, or forget it."""
-        if self._network is None:
-            return
-        if not self._resident:
-            self._network = None
-            free_memory()
-        elif self.device.type != "cpu":
-            self._network.to("cpu")
+def open_source(
+    name: str, settings: RewardSettings, *, offline: bool = False, progress: Progress | None = None
+) -> RewardSource:
+    """Find a network's files; what is missing is fetched.
 
-    def close(self) -> None:
-        """Free the network."""
-        self._network = self._load = None
-        self._tokens.clear()
-        self._texts.clear()
+    Args:
+        name: short name, told in errors.
+        settings: kind, a published model's name or a family, and path.
+        offline: ask no network.
+        progress: told of what is fetched.
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        # Published scores are made in half precision on a GPU; on a CPU float32 is as fast.
-        return torch.autocast("cuda", torch.float16) if self.device.type == "cuda" else nullcontext()
+    Raises:
+        EnvironmentProblem: files are missing and not to be had. ConfigError: path or reward.json is not right.
+        IntegrityError: the folder holds pickles and no safetensors, or a file is not the published one.
+    """
+    if is_published(settings):
+        return _open_published(name, settings, offline, progress)
+    folder = reward_folder(settings.path, offline=offline, name=name)
+    spec = read_preprocessing(folder, settings.kind)
+    names = {"weights": "model.safetensors", "config": "config.json", "head": "head.safetensors"}
+    files = {role: folder / file for role, file in names.items() if (folder / file).is_file()}
+    if spec.family == "aesthetic":
+        return RewardSource(spec, files, None, str(folder))
+    words = tokenizer_folder(folder, spec, offline=offline)
+    known = tuple(words / file for file in _TOKENIZER_FILES if (words / file).is_file())
+    return RewardSource(spec, files, words, str(folder), known)
 
-    def _tokenise(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, int64 [T] each, of fixed length; a special token written in a prompt stays text."""
-        if prompt not in self._tokens:
-            assert self._tokenizer is not None
-            found = self._tokenizer(
-                prompt,
-                padding="max_length",
-                truncation=True,
-                max_length=self.spec.max_tokens,
-                split_special_tokens=True,
-                return_tensors="pt",
-            )
-            self._tokens[prompt] = (found["input_ids"][0], found["attention_mask"][0])
-        return self._tokens[prompt]
 
-    def _text(self, prompt: str) -> Tensor:
-        """Unit text embedding, float32 [D]."""
-        if prompt not in self._texts:
-            ids, mask = (part[None].to(self.device) for part in self._tokenise(prompt))
-            self._texts[prompt] = self._network.text_embedding(ids, mask)[0].float()
-        return self._texts[prompt]
+def is_published(settings: RewardSettings) -> bool:
+    """Whether the settings mean a published model's own files; ``mps`` with a ``reward.json`` is a family's folder."""
+    if settings.kind not in OFFICIAL_REWARDS:
+        return False
+    if settings.kind not in REWARD_FAMILIES or not settings.path:
+        return True
+    folder = resolve_uri(settings.path)
+    return not (isinstance(folder, Path) and (folder / REWARD_FILE).is_file())
+
+
+def _open_published(name: str, settings: RewardSettings, offline: bool, progress: Progress | None) -> RewardSource:
+    from craft_fast.rewards.catalog import get
+    from craft_fast.rewards.shelf import ensure
+
+    official = get(settings.kind)
+    folder = resolve_uri(settings.path) if settings.path else None
+    if folder is not None and not (isinstance(folder, Path) and folder.is_dir()):
+        raise ConfigError(
+            "A published reward model's path is not a folder.",
+            where=f"rewards.{name}.path: {settings.path}",
+            why=f"it is where the files of {official.title} are, under the names that they were published by",
+            hint=f"leave it out, and craft-fast rewards fetch {official.name} gets them",
+        )
+    found = ensure(official, folder=folder, offline=offline, progress=progress)
+    return RewardSource(
+        official.spec, {str(role): path for role, path in found.found.items()}, found.tokenizer_folder, official.name,
+        tuple(found.tokenizer),
+    )  # fmt: skip
 
 
 def reward_folder(where: str, *, offline: bool = False, name: str = "NAME") -> Path:
-    """The local folder of a reward: path, ``package:NAME/FOLDER``, or hub id, fetched without pickles.
+    """The local folder of a family's reward: path, ``package:NAME/FOLDER``, or hub id, fetched without pickles.
 
     Args:
         where: one of these.
@@ -175,7 +147,8 @@ def reward_folder(where: str, *, offline: bool = False, name: str = "NAME") -> P
                 "A reward's weights are a pickle, which can run code when loaded; it is not opened.",
                 where=str(pickles[0]),
                 why="there is no model.safetensors in its folder",
-                hint=conversion_command(pickles[0]),
+                hint=f"a published model's own files are read by its name, --set rewards.{name}.kind="
+                f"{'|'.join(OFFICIAL_REWARDS)}; others are converted: {conversion_command(pickles[0])}",
             )
         raise EnvironmentProblem(
             "A reward's folder has no weights.",
@@ -184,69 +157,6 @@ def reward_folder(where: str, *, offline: bool = False, name: str = "NAME") -> P
             hint=f"put the reward's files there, or take it out: --set rewards.{name}=null",
         )
     return folder
-
-
-def folder_key(folder: Path, spec: Preprocessing) -> str:
-    """Digest of a reward folder's files and of how its inputs are made."""
-    return digest_json(["network", _VERSION, digest_folder(folder), spec.model_dump(mode="json")])
-
-
-def load_network(
-    name: str, settings: RewardSettings, device: torch.device, *, offline: bool = False, resident: bool = True
-) -> NetworkReward:
-    """Load a reward network.
-
-    Args:
-        name: short name.
-        settings: kind and path.
-        device: to score on.
-        offline: as for ``reward_folder``.
-        resident: see ``NetworkReward``.
-
-    Raises:
-        EnvironmentProblem: files are missing; ConfigError: reward.json is not right;
-        IntegrityError: pickled or damaged weights, or keys that do not fit.
-    """
-    quiet_third_party()
-    folder = reward_folder(settings.path, offline=offline, name=name)
-    spec = read_preprocessing(folder, settings.kind)
-    tokenizer = None if spec.family == "aesthetic" else _tokenizer(folder, spec, offline)
-    return NetworkReward(
-        name, settings.held_out, folder_key(folder, spec), lambda: _network(folder, spec), spec, tokenizer, device,
-        resident=resident,
-    )  # fmt: skip
-
-
-def _network(folder: Path, spec: Preprocessing) -> Any:
-    """The network of a reward's folder, on the CPU."""
-    quiet_third_party()
-    from craft_fast.rewards.networks import AestheticReward, ClipReward, ImageReward
-
-    quiet_progress_bars()
-    try:
-        if spec.family == "aesthetic":
-            return AestheticReward.from_folder(folder)
-        if spec.family == "image_reward":
-            return ImageReward.from_folder(folder, spec.score_mean, spec.score_std)
-        network = ClipReward.from_folder(folder)
-        scale = spec.score_scale
-        network.score_scale = float(network.clip.logit_scale.detach().exp()) if scale == "logit_scale" else float(scale)
-        return network
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as err:
-        raise _unfit(folder, err) from None
-
-
-def _unfit(folder: Path, err: Exception) -> IntegrityError:
-    return IntegrityError(
-        "A reward's files do not fit together.",
-        where=str(folder),
-        why=f"{type(err).__name__}: {' '.join(str(err).split())[:300]}",
-        hint="config.json and model.safetensors must be of one model of the reward's family",
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
 
 
 def tokenizer_folder(folder: Path, spec: Preprocessing, *, offline: bool = False) -> Path:
@@ -270,6 +180,10 @@ def tokenizer_folder(folder: Path, spec: Preprocessing, *, offline: bool = False
     return _fetch(found, f"{REWARD_FILE}: tokenizer", _TOKENIZER_PATTERNS, offline)
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
+
+
 def _fetch(hub_id: str, setting: str, patterns: list[str], offline: bool) -> Path:
     def missing(folder: Path) -> str:
         whole = (folder / "model.safetensors").is_file() if patterns is _PATTERNS else _has_tokenizer(folder)
@@ -278,23 +192,185 @@ def _fetch(hub_id: str, setting: str, patterns: list[str], offline: bool) -> Pat
     return fetch(hub_id, setting=setting, patterns=patterns, missing=missing, offline=offline)
 
 
-def _tokenizer(folder: Path, spec: Preprocessing, offline: bool) -> Any:
-    from transformers import AutoTokenizer
+# ---- what they are
 
-    where = tokenizer_folder(folder, spec, offline=offline)
+
+def checkpoint_digest(source: RewardSource) -> str:
+    """Sha256 of the weights' file; of several, the digest of their names and sha256."""
+    files = [source.files[role] for role in _WEIGHTS if role in source.files]
+    if len(files) == 1:
+        return sha256_once(files[0])
+    return digest_json([[file.name, sha256_once(file)] for file in files])
+
+
+def source_key(source: RewardSource, dtype: str) -> str:
+    """Digest of a network's files, of how its inputs are made, and of the settings that change its scores.
+
+    Args:
+        source: the files.
+        dtype: ``score.dtype`` as it is written; auto stays auto, so that a key does not depend on the machine.
+    """
+    files = {role: sha256_once(path) for role, path in source.files.items()}
+    words = [[path.name, sha256_once(path)] for path in sorted(source.tokenizer_files)]
+    spec = source.spec.model_dump(mode="json")
+    return digest_json(["network", _VERSION, files, words, spec, dtype])
+
+
+def source_provenance(source: RewardSource, dtype: torch.dtype) -> Provenance:
+    """How the native network's scores come about; its weights are hashed, not read.
+
+    Args:
+        source: the files.
+        dtype: that it computes in.
+    """
+    return _provenance(source, dtype, _texts(source))
+
+
+def _provenance(source: RewardSource, dtype: torch.dtype, texts: Texts | None) -> Provenance:
+    return Provenance(
+        backend="native",
+        checkpoint=checkpoint_digest(source),
+        preprocessing=preprocessing_id(source.spec),
+        tokenizer=texts.id if texts is not None else "",
+        precision=str(dtype).removeprefix("torch."),
+        note=_note(source.spec),
+    )
+
+
+def _note(spec: Preprocessing) -> str:
+    """What else decides a score, where it is not nothing."""
+    plain = Preprocessing(family=spec.family)
+    told = {
+        "prefix": repr(spec.prefix), "condition": digest_json(spec.condition)[:12], "threshold": f"{spec.threshold:g}",
+        "score_scale": f"{spec.score_scale}", "score_floor": f"{spec.score_floor}", "score_mean": f"{spec.score_mean}",
+        "score_std": f"{spec.score_std}",
+    }  # fmt: skip
+    parts = [spec.note] if spec.note else []
+    parts += [f"{key} {text}" for key, text in told.items() if getattr(spec, key) != getattr(plain, key)]
+    return "; ".join(parts)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``score.dtype`` on a device; auto: float16 on a GPU, where published scores are made in it, else float32."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+# ---- the network
+
+
+def load_network(
+    name: str,
+    settings: RewardSettings,
+    device: torch.device,
+    *,
+    offline: bool = False,
+    resident: bool = True,
+    dtype: str = "auto",
+    attention: str = "auto",
+    stay: bool = False,
+    memory_budget: int | None = None,
+    progress: Progress | None = None,
+) -> NetworkReward:
+    """Load a reward network; arguments and errors as ``registry.load_reward``."""
+    quiet_third_party()
+    source = open_source(name, settings, offline=offline, progress=progress)
+    return network_reward(
+        name, source, device, held_out=settings.held_out, resident=resident, dtype=dtype, attention=attention,
+        stay=stay, memory_budget=memory_budget,
+    )  # fmt: skip
+
+
+def network_reward(
+    name: str,
+    source: RewardSource,
+    device: torch.device,
+    *,
+    held_out: bool = False,
+    resident: bool = True,
+    dtype: str = "auto",
+    attention: str = "auto",
+    stay: bool = False,
+    memory_budget: int | None = None,
+) -> NetworkReward:
+    """The reward of files that were found before; arguments and errors as ``registry.load_reward``."""
+    chosen, texts = pick_dtype(dtype, device), _texts(source)
+    return NetworkReward(
+        name, held_out, source_key(source, dtype), lambda: _network(source, chosen, attention, texts, device),
+        source.spec, texts, device, provenance=_provenance(source, chosen, texts), dtype=chosen, resident=resident,
+        stay=stay, need=network_need(source, chosen), memory_budget=memory_budget,
+    )  # fmt: skip
+
+
+def _network(
+    source: RewardSource, dtype: torch.dtype, attention: str, texts: Texts | None, device: torch.device
+) -> Any:
+    """The network on the CPU; it gives bare scores, of which ``NetworkReward`` makes the published ones."""
+    quiet_third_party()
+    from craft_fast.rewards.networks.build import read_network
+
+    bare = source.spec.model_copy(update={"score_scale": 1.0, "score_mean": 0.0, "score_std": 1.0})
+    network: Any = read_network(bare, source.files, dtype=dtype, attention=attention, device=device)  # type: ignore[arg-type]
+    if source.spec.family == "mps" and texts is not None:
+        network.set_condition(texts.tokens(source.spec.condition)[0])
+    return network
+
+
+def network_need(source: RewardSource, dtype: torch.dtype) -> Need:
+    """What the network takes, from its configuration and the header of its weights.
+
+    Raises:
+        EnvironmentProblem: a file is missing. IntegrityError: damaged files, or ones that do not fit.
+    """
+    from craft_fast.rewards.networks.build import cost_of
+
+    cost = cost_of(source.spec, source.files, dtype)
+    return Need(cost.weight_bytes(dtype.itemsize), cost.image_bytes, cost.image_flops / 1e9)
+
+
+def _unfit(where: Path, err: Exception) -> IntegrityError:
+    return IntegrityError(
+        "A reward's files do not fit together.",
+        where=str(where),
+        why=f"{type(err).__name__}: {' '.join(str(err).split())[:300]}",
+        hint="configuration and weights must be of one model of the reward's family",
+    )
+
+
+def _texts(source: RewardSource) -> Texts | None:
+    """Prompts to tokens, with the source's tokenizer."""
+    if source.tokenizer is None:
+        return None
+    from craft_fast.rewards.texts import Texts
+
+    stamps = tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in source.tokenizer_files)
+    return Texts(_tokenizer(source.tokenizer, stamps), source.spec)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> Any:
+    """The tokenizer of some files, read once for a provenance and the reward."""
     try:
-        tokenizer = _read_tokenizer(AutoTokenizer, where)
-    except (OSError, ValueError, KeyError) as err:
-        raise _unfit(where, err) from None
+        tokenizer = _read_tokenizer(folder, {path.name for path, *_ in stamps})
+    except Exception as err:  # the tokenizers library raises bare ones
+        raise _unfit(folder, err) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _read_tokenizer(auto: Any, where: Path) -> Any:
-    if (where / "tokenizer_config.json").is_file() or (where / "tokenizer.json").is_file():
-        return auto.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-    from transformers import BertTokenizer, CLIPTokenizer
+def _read_tokenizer(folder: Path, files: set[str]) -> Any:
+    """By the given files alone: what else lies in the folder, as in the hub's cache, is not looked at."""
+    from transformers import AutoTokenizer, BertTokenizer, CLIPTokenizer
 
-    kind = CLIPTokenizer if (where / "merges.txt").is_file() else BertTokenizer
-    return kind.from_pretrained(where, local_files_only=True)
+    if files & {"tokenizer_config.json", "tokenizer.json"}:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if "merges.txt" in files:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        return CLIPTokenizer(vocab=vocabulary, merges=pairs)
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+    return BertTokenizer(vocab={word: index for index, word in enumerate(words) if word or index < len(words) - 1})

@@ -11,7 +11,15 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from craft_fast.config import EngineSettings, GenerateSettings, RewardSettings, Settings, TrainSettings
+from craft_fast.config import (
+    OFFICIAL_REWARDS,
+    REWARD_FAMILIES,
+    EngineSettings,
+    GenerateSettings,
+    RewardSettings,
+    Settings,
+    TrainSettings,
+)
 from craft_fast.errors import ConfigError
 from craft_fast.settings_io import field_docs, load_settings, preset_names, render_yaml, section_digest
 from craft_fast.settings_yaml import dump_inline, parse_yaml
@@ -150,6 +158,19 @@ def test_numbers_must_be_finite(value: str) -> None:
         (["rewards.h.path="], "rewards.h.path: found nothing"),
         (["rewards.oracle.path=somewhere"], "must be module:callable"),
         (["rewards.x/y={kind: clip, path: z}"], "found the name 'x/y'"),
+        (["rewards.x={kind: hpsv21}"], "rewards.x.kind: found 'hpsv21'; must be one of hpsv2.1, hpsv2.0, pickscore"),
+        (["rewards.x={kind: hpsv21}"], "did you mean hpsv2.1?"),
+        (["rewards.x={kind: PickScore}"], "did you mean pickscore?"),
+        (["rewards.x={kind: imagereward}"], "did you mean image"),
+        (["rewards.x={kind: zzzz}"], "or an installed plug-in's name"),
+        (["rewards.x={kind: image_reward}"], "or package:NAME/FOLDER for kind image_reward; a published model needs"),
+        (["rewards.x={kind: function}"], "rewards.x.path: found nothing; must be module:callable"),
+        (["rewards.x={kind: pickscore, backend: package}"], "rewards.x.backend: found package with kind pickscore"),
+        (["rewards.h.backend=package"], "must be native, or kind hpsv2.1, hpsv2.0, image-reward"),
+        (["rewards.h.backend=native_one"], "rewards.h.backend: found 'native_one'"),
+        (["rewards.h.options={alpha: 1}"], "rewards.h.options: found alpha with kind clip; must be empty"),
+        (["rewards.x={kind: hpsv2.1, options: {version: 2}}"], "only plug-ins take options"),
+        (["score.dtype=half"], "score.dtype: found 'half'"),
     ],
 )
 def test_settings_that_contradict_one_another(options: list[str], said: str) -> None:
@@ -165,10 +186,19 @@ def test_settings_that_contradict_one_another(options: list[str], said: str) -> 
         ["generate.guidance_interval=[0, 1]"],
         ["model.zero_terminal_snr=yes", "model.prediction_type=v_prediction"],
         ["train.method=full", "engine.lora=fused"],
+        *([f"rewards.x={{kind: {kind}}}"] for kind in OFFICIAL_REWARDS),
+        *([f"rewards.x={{kind: {kind}, path: somewhere}}"] for kind in (*OFFICIAL_REWARDS, *REWARD_FAMILIES)),
+        *([f"rewards.x={{kind: {kind}, backend: package}}"] for kind in ("hpsv2.1", "hpsv2.0", "image-reward")),
     ],
 )
 def test_settings_that_go_together(options: list[str]) -> None:
     load_settings(overrides=options)
+
+
+def test_all_that_is_wrong_with_rewards_is_said_at_once() -> None:
+    options = ["rewards.x={kind: clip}", "rewards.y={kind: hps}", "rewards.z={kind: mps, backend: package}"]
+    text = failing(overrides=options)
+    assert all(word in text for word in ("rewards.x.path", "rewards.y.kind", "rewards.z.backend"))
 
 
 def test_settings_of_the_last_version_load() -> None:

@@ -7,17 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from craft_fast.config import RewardSettings
-from craft_fast.errors import ConfigError, CraftError, EnvironmentProblem, IntegrityError
-from craft_fast.rewards.base import CLIP_MEAN, CLIP_STD, Preprocessing, read_preprocessing
-from craft_fast.rewards.pixels import prepare
+from craft_fast.errors import ConfigError, CraftError, ResourceError
+from craft_fast.rewards import network_reward
+from craft_fast.rewards.base import read_preprocessing
+from craft_fast.rewards.network_reward import Need
+from craft_fast.rewards.pixels import Pictures
 from craft_fast.rewards.registry import load_reward, reward_key
 from craft_fast.tiny.random_rewards import build_random_rewards
 
@@ -43,56 +43,7 @@ def pictures(n: int = 6, size: int = 64) -> Tensor:
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-# ---- preprocessing
-
-
-def free(**changes: Any) -> Preprocessing:
-    return Preprocessing(**{"family": "clip", "image_size": 32, "mean": (0, 0, 0), "std": (1, 1, 1), **changes})
-
-
-def smooth(height: int, width: int) -> np.ndarray[Any, Any]:
-    y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 255 / width, y * 255 / height, (np.sin(x / 5) * np.cos(y / 7) + 1) * 127], -1).astype(np.uint8)
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (100, 80), (61, 97)])
-def test_bicubic_crop_equals_pil(height: int, width: int) -> None:
-    pixels = smooth(height, width)
-    scale = 32 / min(height, width)
-    size = (int(width * scale + 1e-9), int(height * scale + 1e-9))
-    small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-    top, left = (small.shape[0] - 32) // 2, (small.shape[1] - 32) // 2
-    found = prepare(torch.from_numpy(pixels).permute(2, 0, 1)[None], free())[0].permute(1, 2, 0) * 255
-    gap = np.abs(found.numpy() - small[top : top + 32, left : left + 32])
-    assert gap.max() <= 1.01
-    assert (gap > 0.01).mean() < 0.1  # PIL rounds between its two passes
-
-
-def test_pad_keeps_the_proportions_and_fills_with_zeros_before_normalising() -> None:
-    images = torch.full((1, 3, 40, 80), 255, dtype=torch.uint8)
-    found = prepare(images, free(fit="pad", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
-    assert found.shape == (1, 3, 32, 32)
-    assert torch.allclose(found[:, :, 8:24], torch.ones(()), atol=1e-5)
-    assert bool((found[:, :, :8] == -1).all())
-    assert bool((found[:, :, 24:] == -1).all())
-
-
-def test_stretch_fills_the_square() -> None:
-    images = torch.full((1, 3, 40, 80), 51, dtype=torch.uint8)
-    assert torch.allclose(prepare(images, free(fit="stretch")), torch.full((1, 3, 32, 32), 0.2))
-
-
-def test_normalising_uses_mean_and_std_of_each_channel() -> None:
-    images = torch.tensor([0, 128, 255], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 32, 32)
-    found = prepare(images, free(mean=CLIP_MEAN, std=CLIP_STD))[0, :, 0, 0]
-    expected = [(v / 255 - m) / s for v, m, s in zip((0, 128, 255), CLIP_MEAN, CLIP_STD, strict=True)]
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_without_resize_another_size_is_an_error_that_names_both() -> None:
-    with pytest.raises(ConfigError, match="one size") as caught:
-        prepare(torch.zeros(1, 3, 48, 40, dtype=torch.uint8), free(resize="none"))
-    assert "40x48 px" in caught.value.why
+# ---- reward.json
 
 
 @pytest.mark.parametrize(
@@ -196,15 +147,18 @@ def test_scores_do_not_depend_on_what_was_scored_before(folders: Path) -> None:
         assert torch.equal(fresh.score(pictures(4), texts), used.score(pictures(4), texts))
 
 
-def test_a_prompt_is_tokenised_once(folders: Path) -> None:
+def test_a_prompt_is_encoded_once(folders: Path) -> None:
     for name in ("h", "image_reward"):
         reward: Any = load_reward(name, spec(folders, name))
-        asked: list[str] = []
-        inner = reward._tokenizer
-        reward._tokenizer = lambda text, asked=asked, inner=inner, **more: (asked.append(text), inner(text, **more))[1]
+        asked: list[list[int]] = []
+        encode = reward._network.encode_text
+        reward._network.encode_text = lambda ids, mask, asked=asked, encode=encode: (
+            asked.extend(ids.tolist()),
+            encode(ids, mask),
+        )[1]
         for _ in range(2):
             reward.score(pictures(), ["a red circle", "a star"] * 3)
-        assert asked == ["a red circle", "a star"]
+        assert asked == [reward._texts.tokens(prompt)[0].tolist() for prompt in ("a red circle", "a star")]
 
 
 def test_a_special_token_in_a_prompt_stays_text(folders: Path) -> None:
@@ -213,10 +167,16 @@ def test_a_special_token_in_a_prompt_stays_text(folders: Path) -> None:
     assert not torch.allclose(cut, whole)
 
 
-def test_long_prompts_are_cut_not_refused(folders: Path) -> None:
+def test_long_prompts_are_cut_and_counted_not_refused(folders: Path) -> None:
     for name in ("h", "image_reward"):
-        found = load_reward(name, spec(folders, name)).score(pictures(1), ["red circle " * 200])
-        assert bool(torch.isfinite(found).all())
+        reward: Any = load_reward(name, spec(folders, name))
+        long = "red circle " * 200
+        assert bool(torch.isfinite(reward.score(pictures(2), [long, "a star"])).all())
+        assert reward.cut.keys() == {long}
+        assert reward.cut[long] > 300
+    aesthetic: Any = load_reward("a", spec(folders, "a"))
+    aesthetic.score(pictures(1), ["red circle " * 200])
+    assert aesthetic.cut == {}
 
 
 def test_a_closed_reward_says_so_and_numbers_must_match(folders: Path) -> None:
@@ -229,86 +189,182 @@ def test_a_closed_reward_says_so_and_numbers_must_match(folders: Path) -> None:
         reward.score(pictures(1), ["x"])
 
 
-# ---- broken and hostile folders
+# ---- scores from what the network gives
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_equal_seeds_build_equal_bytes_and_the_key_follows_them(folders: Path, own: Path, name: str) -> None:
-    again = build_random_rewards(own / "again")
-    for path in (folders / name).iterdir():
-        assert path.read_bytes() == (again / name / path.name).read_bytes(), path.name
-    key = reward_key(name, spec(folders, name))
-    assert key == load_reward(name, spec(folders, name)).key == reward_key(name, spec(again, name))
-    other = build_random_rewards(own / "other", seed=1)
-    assert reward_key(name, spec(other, name)) != key
+@pytest.mark.parametrize("name", ["h", "a", "image_reward"])
+def test_scale_floor_mean_and_std_are_applied_to_every_family(own: Path, name: str) -> None:
+    texts = ["a red circle"] * 6
+    path = own / name / "reward.json"
+    plain = {k: v for k, v in json.loads(path.read_text()).items() if not k.startswith("score_")}
+    path.write_text(json.dumps(plain))
+    bare = load_reward(name, spec(own, name)).score(pictures(), texts)
+    floor = float(bare.median()) * 3
+    path.write_text(json.dumps(plain | {"score_scale": 3.0, "score_floor": floor, "score_mean": 0.5, "score_std": 4.0}))
+    found = load_reward(name, spec(own, name)).score(pictures(), texts)
+    assert torch.allclose(found, ((bare * 3).clamp(min=floor) - 0.5) / 4, atol=1e-6)
+    assert len(set(found.tolist())) in (4, 5)
 
 
-def test_the_key_follows_the_preprocessing(own: Path) -> None:
-    before = reward_key("h", spec(own, "h"))
+def test_a_prefix_is_read_before_every_prompt(own: Path) -> None:
+    plain = load_reward("h", spec(own, "h")).score(pictures(), ["a red circle"] * 6)
     path = own / "h" / "reward.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean": [0.4, 0.5, 0.5]}))
-    assert reward_key("h", spec(own, "h")) != before
-
-
-def test_a_pickle_is_refused_with_the_command_that_converts_it(own: Path) -> None:
-    for name, file in (("h", "pytorch_model.bin"), ("a", "weights.pth")):
-        (own / name / "model.safetensors").unlink()
-        torch.save({}, own / name / file)
-        for load in (lambda n: load_reward(n, spec(own, n)), lambda n: reward_key(n, spec(own, n))):
-            with pytest.raises(IntegrityError) as caught:
-                load(name)
-            assert caught.value.exit_code == 6
-            assert file in caught.value.where
-            assert "weights_only=True" in caught.value.hint
-
-
-def test_a_pickle_renamed_to_safetensors_is_refused(own: Path) -> None:
-    torch.save({}, own / "h" / "model.safetensors")
-    with pytest.raises(IntegrityError) as caught:
-        load_reward("h", spec(own, "h"))
-    assert caught.value.exit_code == 6
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prefix": "a red "}))
+    found = load_reward("h", spec(own, "h")).score(pictures(), ["circle"] * 6)
+    assert torch.equal(found, plain)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_keys_must_fit_exactly(own: Path, name: str) -> None:
-    path = own / name / "model.safetensors"
-    tensors = load_file(path)
-    first = sorted(tensors)[0]
-    save_file({("extra" if key == first else key): value for key, value in tensors.items()}, path)
-    with pytest.raises(IntegrityError, match="do not fit") as caught:
-        load_reward(name, spec(own, name))
-    assert "extra" in caught.value.why
+def test_half_precision_holds_the_weights_and_gives_nearly_the_same(folders: Path, name: str) -> None:
+    texts = ["a red circle"] * 6
+    expected = load_reward(name, spec(folders, name)).score(pictures(), texts)
+    for dtype in ("float16", "bfloat16"):
+        reward: Any = load_reward(name, spec(folders, name), dtype=dtype)
+        held = {str(value.dtype) for key, value in reward._network.named_parameters() if "encoder" in key}
+        assert held == {f"torch.{dtype}"}
+        assert reward.provenance.precision == dtype
+        found = reward.score(pictures(), texts)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        assert torch.allclose(found, expected, atol=(0.01 if dtype == "float16" else 0.1) * float(expected.abs().max()))
 
 
-def test_shapes_must_fit(own: Path) -> None:
-    path = own / "h" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["visual_projection.weight"] = tensors["visual_projection.weight"][:4].contiguous()
-    save_file(tensors, path)
-    with pytest.raises(IntegrityError):
-        load_reward("h", spec(own, "h"))
+# ---- memory
 
 
-def test_weights_must_be_finite(own: Path) -> None:
-    path = own / "a" / "head.safetensors"
-    tensors = load_file(path)
-    tensors["layers.0.bias"][0] = float("nan")
-    save_file(tensors, path)
-    with pytest.raises(IntegrityError):
-        load_reward("a", spec(own, "a"))
+class Watched:
+    """A network's ``score_encoded`` that notes how many pictures it is given, and has room for so many."""
+
+    def __init__(self, reward: Any, room: int = 1000) -> None:
+        self.inner = reward._network.score_encoded
+        self.room = room
+        self.sizes: list[int] = []
+        reward._network.score_encoded = self
+
+    def __call__(self, pixels: Tensor, *texts: Tensor) -> Tensor:
+        self.sizes.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB")
+        found: Tensor = self.inner(pixels, *texts)
+        return found
 
 
-def test_missing_parts_are_named(own: Path, tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem):
-        load_reward("h", RewardSettings(kind="clip", path=str(tmp_path / "none")))
-    (own / "h" / "model.safetensors").unlink()
-    with pytest.raises(EnvironmentProblem, match="no weights"):
-        load_reward("h", spec(own, "h"))
-    (own / "a" / "reward.json").unlink()
-    with pytest.raises(ConfigError, match="does not say"):
-        load_reward("a", spec(own, "a"))
-    for path in (own / "p").iterdir():
-        if path.name.startswith("tokenizer"):
-            path.unlink()
-    with pytest.raises(EnvironmentProblem, match="no tokenizer"):
-        load_reward("p", spec(own, "p"))
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_are_the_same_whatever_the_micro_batch(folders: Path, name: str) -> None:
+    texts = ["a red circle", "a blue square", "a star"] * 3
+    expected = load_reward(name, spec(folders, name)).score(pictures(9), texts)
+    for at_once, sizes in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
+        reward: Any = load_reward(name, spec(folders, name))
+        reward.need = Need(weight_bytes=5000, image_bytes=100, image_gflop=1.0)
+        reward.memory_budget = 5000 + 100 * at_once + 99
+        seen = Watched(reward)
+        found = reward.score(pictures(9), texts)
+        assert seen.sizes == sizes
+        assert torch.allclose(found, expected, atol=1e-6, rtol=1e-6)
+        assert reward.memory_bytes(9) == 5000 + 100 * sizes[0]
+
+
+def test_memory_known_to_be_too_small_still_takes_one_picture_at_a_time(folders: Path) -> None:
+    reward: Any = load_reward("a", spec(folders, "a"), memory_budget=0)
+    reward.need = Need(weight_bytes=5000, image_bytes=100)
+    seen = Watched(reward)
+    reward.score(pictures(3), [""] * 3)
+    assert seen.sizes == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_out_of_memory_halves_the_micro_batch_from_then_on(folders: Path, name: str) -> None:
+    texts = ["a red circle", "a blue square", "a star"] * 3
+    expected = load_reward(name, spec(folders, name)).score(pictures(9), texts)
+    reward: Any = load_reward(name, spec(folders, name))
+    seen = Watched(reward, room=2)
+    assert torch.allclose(reward.score(pictures(9), texts), expected, atol=1e-6, rtol=1e-6)
+    assert seen.sizes == [9, 4, 2, 2, 2, 2, 1]
+    seen.sizes.clear()
+    reward.score(pictures(4), texts[:4])
+    assert seen.sizes == [2, 2]
+
+
+def test_one_picture_that_does_not_fit_says_what_to_do(folders: Path) -> None:
+    reward: Any = load_reward("h", spec(folders, "h"))
+    Watched(reward, room=0)
+    with pytest.raises(ResourceError) as caught:
+        reward.score(pictures(4), ["a star"] * 4)
+    assert caught.value.exit_code == 5
+    assert "reward h" in caught.value.where
+    assert "1.50 GiB" in caught.value.why
+    for word in ("engine.resident=never", "score.dtype=float16", "rewards.h=null"):
+        assert word in caught.value.hint
+
+
+def test_weights_that_leave_the_device_come_back_as_they_were(folders: Path) -> None:
+    """The meta device stands in for a GPU: what is there has no values, so the weights must have stayed here."""
+    for name in KINDS:
+        reward: Any = load_reward(name, spec(folders, name))
+        expected = reward.score(pictures(), ["a red circle"] * 6)
+
+        def devices(network: Any = reward._network) -> set[str]:
+            return {value.device.type for value in (*network.parameters(), *network.buffers())}
+
+        reward.device = torch.device("meta")
+        reward.stay = True
+        for _ in range(2):
+            reward._move_in()
+            assert devices() == {"meta"}
+            reward.rest()
+            assert devices() == {"meta"}
+        reward.stay = False
+        reward.rest()
+        reward.device = torch.device("cpu")
+        assert devices() == {"cpu"}
+        assert torch.equal(reward.score(pictures(), ["a red circle"] * 6), expected)
+
+
+def test_a_network_that_is_not_resident_is_there_between_score_and_rest(folders: Path) -> None:
+    reward: Any = load_reward("h", spec(folders, "h"), resident=False)
+    assert reward._network is None
+    first = reward.score(pictures(), ["a star"] * 6)
+    assert reward._network is not None
+    reward.rest()
+    assert reward._network is None
+    assert torch.equal(reward.score(pictures(), ["a star"] * 6), first)
+
+
+def test_texts_seen_longest_ago_are_let_go(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network_reward, "_KEPT_TEXT_BYTES", 3 * 16 * 4)  # three embeddings of 16 numbers
+    reward: Any = load_reward("h", spec(folders, "h"))
+    texts = ["a star", "a heart", "a circle", "a square", "a red star"]
+    found = reward.score(pictures(5), texts)
+    assert list(reward._encoded) == texts[2:]
+    assert torch.equal(reward.score(pictures(5), texts), found)
+
+
+# ---- pictures that are shared
+
+
+def test_pictures_are_shaped_once_for_rewards_of_one_form(folders: Path) -> None:
+    expected = [load_reward(n, spec(folders, n)).score(pictures(), ["a star"] * 6) for n in KINDS]
+    shared = Pictures.of(pictures())
+    rewards: list[Any] = [load_reward(n, spec(folders, n)) for n in KINDS]
+    assert len({reward.pixel_form for reward in rewards}) == 1
+    first = rewards[0].score_pictures(shared, ["a star"] * 6)
+    shared.drop_images()
+    found = [first, *(reward.score_pictures(shared, ["a star"] * 6) for reward in rewards[1:])]
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+
+
+# ---- what is no number
+
+
+def test_a_score_that_is_not_a_number_names_reward_prompt_and_precision(folders: Path) -> None:
+    for dtype, hint in (("float16", "score.dtype=float32"), ("float32", "")):
+        reward: Any = load_reward("h", spec(folders, "h"), dtype=dtype)
+        reward._network.score_encoded = lambda pixels, text: torch.tensor([0.5, float("nan"), float("inf")])
+        with pytest.raises(CraftError, match="not a number") as caught:
+            reward.score(pictures(3), ["a star", "a <heart>", "a circle"])
+        assert "reward h" in caught.value.where
+        assert "a <heart>" in caught.value.where
+        assert "nan for 2 of 3 pictures" in caught.value.why
+        assert dtype in caught.value.why
+        assert hint in caught.value.hint
+        assert bool(caught.value.hint) == bool(hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 import torch
 import transformers
 
+from craft_fast.budget import Machine, machine_of
 from craft_fast.config import Settings
-from craft_fast.errors import CraftError, Interrupted
+from craft_fast.errors import CraftError, IntegrityError, Interrupted
 from craft_fast.pipeline import run_pipeline
+from craft_fast.plan.stages import Costs
 from craft_fast.rewards.networks import AestheticReward, ClipReward, ImageReward
+from craft_fast.sdxl.costs import CUBLAS_BYTES, FRAGMENTATION
 from craft_fast.store.digest import sha256_file
 from craft_fast.store.run import open_run
 from craft_fast.tiny.random_rewards import build_random_rewards
@@ -211,3 +215,70 @@ def test_rewards_that_stay_are_read_once(settings: Settings, alive: Alive) -> No
 def test_concessions_are_one_for_the_whole_run(bench: Workbench) -> None:
     bench.concessions().images_at_once = 1
     assert bench.concessions().images_at_once == 1
+
+
+def with_score(settings: Settings, **changes: Any) -> Settings:
+    tree = settings.model_dump()
+    tree["score"] |= changes
+    return Settings.model_validate(tree)
+
+
+def test_rewards_are_told_precision_and_memory_and_stay_on_a_gpu_where_all_have_room(settings: Settings) -> None:
+    bench = Workbench(with_score(resident(settings, "always"), dtype="float16", batch_size=16))
+    judges: list[Any] = bench.rewards(held_out=True)
+    assert {judge.dtype for judge in judges} == {torch.float16}
+    here = machine_of(torch.device("cpu"))
+    model = Costs.of(bench.settings, here)
+    kept = model.text_weights() + model.unet_weights() + model.decode(tiled=True).weight_bytes
+    assert {judge.memory_budget for judge in judges} == {here.budget(bench.settings.engine) - kept}
+    assert not any(judge.stay for judge in judges)
+
+    weights = [judge.need.weight_bytes for judge in judges]
+    most = max(judge.need.image_bytes for judge in judges) * 16
+    assert min(weights) > 10_000
+    assert most > 10_000
+    large = Machine("card", gpu=True, total_bytes=16 * 1024**3)
+    bench._share_memory(judges, large)
+    assert all(judge.stay for judge in judges)
+    room, beside_drawing = bench._room_for_rewards(large)
+    # Each has what the weights of the others leave.
+    assert [judge.memory_budget for judge in judges] == [room - sum(weights) + own for own in weights]
+    # What the SDXL draws with is more than what they score with here, so it decides: a card with room for exactly all
+    # of it, and one that is smaller by a little.
+    spare = beside_drawing - sum(weights)
+    assert 0 < spare < room - sum(weights) - most
+    for less, stays in ((-100_000, True), (100_000, False)):
+        card = Machine("card", gpu=True, total_bytes=large.total_bytes - int(spare * (1 + FRAGMENTATION)) - less)
+        bench._share_memory(judges, card)
+        assert {judge.stay for judge in judges} == {stays}
+    assert {judge.memory_budget for judge in judges} == {bench._room_for_rewards(card)[0]}
+    # A chunk so large that it would have no room beside all weights.
+    bench.settings = with_score(bench.settings, batch_size=(room - sum(weights)) // (most // 16) + 1)
+    bench._share_memory(judges, large)
+    assert not any(judge.stay for judge in judges)
+    bench.settings = with_score(bench.settings, batch_size=16)
+    # Those that are not asked now make room for those that are.
+    bench._share_memory(judges[:1], large)
+    assert [judge.stay for judge in judges] == [True, False, False]
+    bench.close()
+
+
+def test_networks_that_are_read_for_each_phase_have_the_whole_device_and_never_stay(bench: Workbench) -> None:
+    judges: list[Any] = bench.rewards(held_out=True)
+    card = Machine("card", gpu=True, total_bytes=16 * 1024**3)
+    bench._share_memory(judges, card)
+    assert not any(judge.stay for judge in judges)
+    whole = int(card.budget(bench.settings.engine) / (1 + FRAGMENTATION)) - CUBLAS_BYTES
+    assert {judge.memory_budget for judge in judges} == {whole}
+
+
+def test_a_reward_that_cannot_be_loaded_names_itself(settings: Settings, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(settings.rewards["a"].path, tmp_path / "broken"))
+    (folder / "model.safetensors").write_bytes(b"PK" + bytes(100))
+    tree = settings.model_dump()
+    tree["rewards"]["a"]["path"] = str(folder)
+    bench = Workbench(Settings.model_validate(tree))
+    with pytest.raises(IntegrityError) as caught:
+        bench.rewards(held_out=False)
+    assert caught.value.where.startswith("reward a: ")
+    bench.close()
