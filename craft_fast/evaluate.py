@@ -1,24 +1,26 @@
 """Evaluate: held-out prompts, same noise, base against tuned, every reward; and sample pictures during training.
 
-The tuned pictures come from the exported file, loaded the way a user loads it. Base pictures and scores do not
-depend on the training, so runs of other settings in the same folder find them done. Text is encoded first, for both
-sides; then come the base pictures, the tuned ones, and the rewards, each of them a phase of the device's memory.
+The tuned pictures come from the exported file, loaded the way a user loads it. Base pictures do not depend on the
+training, so runs of other settings in the same folder find them done; and a picture that a reward has judged before,
+with the same text and in the same way, is not judged again. Text is encoded first, for both sides; then come the base
+pictures, the tuned ones, and the rewards, each of them a phase of the device's memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
+from craft_fast.asking import answers, cut_note
 from craft_fast.config import EvaluateSettings, GenerateSettings, Settings
-from craft_fast.errors import ConfigError, CraftError, Interrupted, ResourceError
+from craft_fast.errors import ConfigError, IntegrityError, Interrupted, ResourceError
+from craft_fast.pairs import paired_rows
 from craft_fast.progress import Progress, Silent, Task
 from craft_fast.records import EvalRow, FileRef, Prompt
 from craft_fast.rng import derive_seed
@@ -28,7 +30,7 @@ from craft_fast.sdxl.text import PromptEmbeds
 from craft_fast.sdxl.unet import drawing_unet, tuned_unet
 from craft_fast.sdxl.vae import Concessions, png_bytes
 from craft_fast.store import atomic
-from craft_fast.store.digest import digest_json
+from craft_fast.store.digest import digest_json, sha256_file
 from craft_fast.store.run import Run
 from craft_fast.store.safe_load import read_image
 
@@ -85,7 +87,9 @@ def evaluate(
         One row a reward, in the order of ``rewards``.
 
     Raises:
-        ConfigError: no prompts. Interrupted: ``should_stop`` said so. CraftError: a score is not finite.
+        ConfigError: no prompts. Interrupted: ``should_stop`` said so. CraftError: a reward failed, or gave a score
+            that is not finite. IntegrityError: a picture is not what was drawn, or scores of both sides came about in
+            different ways.
     """
     progress = progress or Silent()
     chosen = list(prompts[: settings.prompts])
@@ -103,58 +107,17 @@ def evaluate(
     scores = work.scores(rewards)
     held_out = {reward.name: reward.held_out for reward in rewards}
     rows = paired_rows(
-        scores["base"], scores["tuned"], held_out, bootstrap_samples=settings.bootstrap_samples, seed=seed
+        scores["base"],
+        scores["tuned"],
+        held_out,
+        bootstrap_samples=settings.bootstrap_samples,
+        seed=seed,
+        provenances=run.manifest.eval_provenances(key),
     )
     run.manifest.put_eval(key, rows)
     summary = {row.metric: [row.base_mean, row.tuned_mean, row.win_rate] for row in rows}
     run.log("evaluate", key=key[:16], prompts=len(chosen), summary=summary, **({"extra": dict(extra)} if extra else {}))
     return rows
-
-
-def paired_rows(
-    base: Mapping[str, Sequence[float]],
-    tuned: Mapping[str, Sequence[float]],
-    held_out: Mapping[str, bool],
-    *,
-    bootstrap_samples: int,
-    seed: int,
-) -> list[EvalRow]:
-    """Means, win rate (a tie counts one half) and the interval of the mean paired difference, tuned minus base.
-
-    The interval is the percentile bootstrap's 95 %: prompts are drawn with replacement, the same draws for every
-    reward, so rows can be compared.
-
-    Args:
-        base: scores by reward, in prompt order.
-        tuned: likewise, of the same prompts.
-        held_out: by reward; its order is the order of the rows.
-        bootstrap_samples: draws.
-        seed: of the draws.
-    """
-    rows: list[EvalRow] = []
-    for name, is_held_out in held_out.items():
-        before, after = np.asarray(base[name], dtype=np.float64), np.asarray(tuned[name], dtype=np.float64)
-        if before.shape != after.shape or before.size == 0:
-            raise ValueError(f"{name}: {before.size} base scores, {after.size} tuned scores; need equal numbers, not 0")
-        difference = after - before
-        win_rate = float(np.mean(difference > 0) + 0.5 * np.mean(difference == 0))
-        low, high = bootstrap_interval(difference, samples=bootstrap_samples, seed=derive_seed(seed, "bootstrap"))
-        means = float(before.mean()), float(after.mean())
-        rows.append(EvalRow(name, is_held_out, *means, win_rate, low, high, int(before.size)))
-    return rows
-
-
-def bootstrap_interval(difference: np.ndarray, *, samples: int, seed: int) -> tuple[float, float]:
-    """2.5th and 97.5th percentile of the mean over ``samples`` draws of ``difference`` [n] with replacement."""
-    rng = np.random.default_rng(seed)
-    means = np.empty(samples)
-    rows_at_once = max(1, 4_000_000 // difference.size)
-    for start in range(0, samples, rows_at_once):
-        stop = min(start + rows_at_once, samples)
-        drawn = rng.integers(0, difference.size, size=(stop - start, difference.size))
-        means[start:stop] = difference[drawn].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 class _Work:
@@ -258,53 +221,67 @@ class _Work:
     def scores(self, rewards: Sequence[Reward]) -> dict[Side, dict[str, list[float]]]:
         """Scores by side and reward, in prompt order; one reward at a time holds the accelerator."""
         result: dict[Side, dict[str, list[float]]] = {"base": {}, "tuned": {}}
+        files = {side: self._files(side) for side in result}
         with self.progress.task("judge pairs", 2 * len(rewards) * len(self.prompts), "scores") as task:
             for reward in rewards:
-                for side in result:
-                    result[side][reward.name] = self._scored(side, reward, task)
+                again = 0
+                for side, scores in result.items():
+                    scores[reward.name], renewed = self._scored(side, files[side], reward, task)
+                    again += renewed
                 reward.rest()
+                self._tell(reward, again)
         return result
 
-    def _scored(self, side: Side, reward: Reward, task: Task) -> list[float]:
-        # A score belongs to a picture and a reward's weights; under the evaluation's own key it is for the report.
-        key = digest_json([self.picture_key[side], reward.key])
-        known = {row[1]: row[3] for row in self.run.manifest.eval_scores(key)}
-        files = self._files(side)
+    def _scored(self, side: Side, files: Mapping[str, FileRef], reward: Reward, task: Task) -> tuple[list[float], int]:
+        """Scores of one side in prompt order, and how many had come about in another way before."""
+        manifest, key, way = self.run.manifest, reward.key, reward.provenance
+        judged = {prompt.prompt_id: (files[prompt.prompt_id].sha256, prompt.text) for prompt in self.prompts}
+        known = manifest.judgements(key, way, judged.values())
+        others = manifest.judgements(key, None, [item for item in judged.values() if item not in known])
         for start in range(0, len(self.prompts), _SCORE_BATCH):
             batch = self.prompts[start : start + _SCORE_BATCH]
-            if any(prompt.prompt_id not in known for prompt in batch):
+            if any(judged[prompt.prompt_id] not in known for prompt in batch):
                 self._stop_if_asked()
                 images = torch.stack([self._image(files[prompt.prompt_id]) for prompt in batch])
-                values = _judge(reward, images, batch)
-                self._put(key, side, reward.name, values)
-                known |= values
+                texts = [prompt.text for prompt in batch]
+                values = answers(reward.name, partial(reward.score, images, texts), texts)
+                new = {judged[prompt.prompt_id]: value for prompt, value in zip(batch, values, strict=True)}
+                manifest.put_judgements(key, way, new)
+                known |= new
             task.advance(len(batch))
-        scores = {prompt.prompt_id: known[prompt.prompt_id] for prompt in self.prompts}
-        self._put(self.key, side, reward.name, scores)
-        return list(scores.values())
+        scores = {name: known[item] for name, item in judged.items()}
+        # Under the evaluation's own key too, for the report.
+        rows = [(side, name, reward.name, value) for name, value in scores.items()]
+        manifest.put_eval_scores(self.key, rows, {reward.name: way})
+        return list(scores.values()), len(others)
+
+    def _tell(self, reward: Reward, again: int) -> None:
+        if again:
+            self.progress.warn(f"{again} scores of {reward.name} had come about in another way and were made again")
+        if note := cut_note(reward.name, getattr(reward, "cut", ()), [prompt.text for prompt in self.prompts]):
+            self.progress.warn(note)
 
     def _image(self, ref: FileRef) -> torch.Tensor:
         if ref.path in self.images:
             return self.images[ref.path]
-        image = read_image(self.run.path(ref.path))
-        self.image_bytes += image.numel()
-        if self.image_bytes <= _KEEP_BYTES:
+        path = self.run.path(ref.path)
+        image = read_image(path)
+        if sha256_file(path) != ref.sha256:
+            # A judgement of it would be kept under the digest of another picture.
+            raise IntegrityError(
+                "A picture of the evaluation is not what was drawn",
+                where=str(path),
+                why="its sha256 is not the recorded one",
+                hint="remove the file; the same command draws it again",
+            )
+        if self.image_bytes + image.nbytes <= _KEEP_BYTES:
             self.images[ref.path] = image
+            self.image_bytes += image.nbytes
         return image
-
-    def _put(self, key: str, side: Side, reward: str, scores: Mapping[str, float]) -> None:
-        self.run.manifest.put_eval_scores(key, [(side, name, reward, value) for name, value in scores.items()])
 
 
 def _stopped() -> Interrupted:
     return Interrupted("The evaluation was stopped; what is done is kept", hint="the same command continues")
-
-
-def _judge(reward: Reward, images: torch.Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
-    values = [float(value) for value in reward.score(images, [prompt.text for prompt in prompts])]
-    if not all(math.isfinite(value) for value in values):
-        raise CraftError("A reward returned NaN or infinity", where=reward.name, hint="check its weights")
-    return {prompt.prompt_id: value for prompt, value in zip(prompts, values, strict=True)}
 
 
 def write_pictures(run: Run, folder: str, names: Sequence[str], images: torch.Tensor) -> dict[str, FileRef]:

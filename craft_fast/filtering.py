@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from craft_fast.asking import factors, lacking
 from craft_fast.config import FilterSettings, TrainSettings
-from craft_fast.errors import CraftError
-from craft_fast.records import Candidate, Group, Sample, Selection
+from craft_fast.errors import CraftError, IntegrityError
+from craft_fast.records import Candidate, Group, Provenance, Sample, Selection
 
 EPSILON = 1e-4
 
 Scores = Mapping[str, Mapping[str, float]]
+ScoredBy = Mapping[str, Mapping[str, Provenance | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,10 @@ class FilterResult:
         accepted: ids of the accepted candidates, in the same order.
         passing: variants that pass the filter, chosen or not.
         tried: variants (members 1..K) that could be judged.
-        acceptance: share of variants that beat member 0, by reward of S, and under ``all`` on every one of them.
+        acceptance: share of variants that beat member 0, by reward of S among those it was asked about, and under
+            ``all`` on every one of them among those tried.
         done: enough are accepted and nothing later can change which.
+        asked: variants that each reward of S was asked about; a lazy one, fewer than ``tried``.
     """
 
     selections: tuple[Selection, ...]
@@ -41,6 +45,7 @@ class FilterResult:
     tried: int
     acceptance: Mapping[str, float]
     done: bool
+    asked: Mapping[str, int] = field(default_factory=dict)
 
 
 def indicator(scores: Mapping[str, float], base: Mapping[str, float], rewards: Iterable[str]) -> dict[str, bool]:
@@ -156,6 +161,9 @@ def filter_candidates(
     settings: FilterSettings,
     rewards: Mapping[str, float],
     final: bool,
+    *,
+    lazy: Collection[str] = (),
+    scored_by: ScoredBy | None = None,
 ) -> FilterResult:
     """Judge all candidates scored so far (items 2 to 4).
 
@@ -164,49 +172,75 @@ def filter_candidates(
         candidates: of these groups, any order.
         scores: r_m by candidate; more rewards than needed may be there.
         settings: S, keep, select and the target.
-        rewards: w_m by reward, held-out rewards left out by the caller.
+        rewards: w_m by reward, held-out rewards left out by the caller; each must have scored every candidate.
         final: False while more blocks may come; then ``top`` accepts all that pass, since what comes may be better.
+        lazy: rewards of S whose scores may be missing where another one has rejected a variant (under ``all``, its
+            group). ``Selection.passed`` then says nothing of them.
+        scored_by: how the scores came about, by candidate and reward; None: not looked at.
 
     Returns:
         Verdicts, counts and rates.
 
     Raises:
         CraftError: a score is missing or not a finite number.
+        IntegrityError: scores of one reward came about in different ways, so they cannot be compared.
     """
     complete = _complete_groups(groups, candidates, scores)
     used = {row.candidate_id: scores[row.candidate_id] for members in complete for row in members}
-    _check_rewards(used, [*settings.rewards, *rewards])
+    _check_rewards(used, [*(name for name in settings.rewards if name not in lazy), *rewards])
+    if scored_by is not None:
+        _check_provenances({key: scored_by.get(key, {}) for key in used}, [*settings.rewards, *rewards])
     totals = r_total(used, rewards)
     passed: dict[str, dict[str, bool]] = {}
     passing: list[str] = []
     for members in complete:
-        base = used[members[0].candidate_id]
-        verdicts = {m.candidate_id: indicator(used[m.candidate_id], base, settings.rewards) for m in members[1:]}
+        verdicts = _verdicts(members, used, settings)
         passed.update(verdicts)
-        good = [key for key, factors in verdicts.items() if all(factors.values())]
+        good = [key for key, found in verdicts.items() if len(found) == len(settings.rewards) and all(found.values())]
         if settings.keep == "each" or len(good) == len(verdicts):
             passing += good
     cut = final or settings.select == "first"
     accepted = select(passing, totals, settings.select, settings.target_samples) if cut else passing
-    chosen = set(accepted)
+    asked = {name: sum(name in found for found in passed.values()) for name in settings.rewards}
+    return FilterResult(
+        _selections(complete, totals, passed, set(accepted)),
+        tuple(accepted),
+        len(passing),
+        len(passed),
+        _rates(passed, asked, len(passing)),
+        settings.select == "first" and len(passing) >= settings.target_samples,
+        asked,
+    )
+
+
+def _verdicts(members: Sequence[Candidate], scores: Scores, settings: FilterSettings) -> dict[str, dict[str, bool]]:
+    """The known factors of a group's variants; those that are not known cannot change a verdict."""
+    values = [scores[member.candidate_id] for member in members]
+    if missing := lacking(values, settings.rewards, settings.keep):
+        j, name = missing[0]
+        raise _bad_score("missing", name, members[j].candidate_id)
+    for member, row in zip(members, values, strict=True):
+        for name in settings.rewards:
+            if not math.isfinite(row.get(name, 0.0)):
+                raise _bad_score("not a finite number", name, member.candidate_id)
+    return {m.candidate_id: factors(scores[m.candidate_id], values[0], settings.rewards) for m in members[1:]}
+
+
+def _selections(
+    complete: Sequence[Sequence[Candidate]],
+    totals: Mapping[str, float],
+    passed: Mapping[str, Mapping[str, bool]],
+    accepted: Collection[str],
+) -> tuple[Selection, ...]:
     selections = []
     for members in complete:
         values = advantages([totals[m.candidate_id] for m in members])
         for member, value in zip(members, values, strict=True):
-            key = member.candidate_id
-            factors = passed.get(key, {})
+            key, known = member.candidate_id, passed.get(member.candidate_id, {})
             selections.append(
-                Selection(key, member.prompt_id, member.member, key in chosen, factors, totals[key], value)
+                Selection(key, member.prompt_id, member.member, key in accepted, known, totals[key], value)
             )
-    enough = len(passing) >= settings.target_samples
-    return FilterResult(
-        tuple(selections),
-        tuple(accepted),
-        len(passing),
-        len(passed),
-        _rates(passed, settings.rewards, len(passing)),
-        settings.select == "first" and enough,
-    )
+    return tuple(selections)
 
 
 def _complete_groups(groups: Sequence[Group], candidates: Sequence[Candidate], scores: Scores) -> list[list[Candidate]]:
@@ -222,22 +256,54 @@ def _complete_groups(groups: Sequence[Group], candidates: Sequence[Candidate], s
     return complete
 
 
-def _check_rewards(scores: Scores, names: Sequence[str]) -> None:
-    for key, row in scores.items():
-        for name in names:
+def _check_rewards(scores: Scores, names: Iterable[str]) -> None:
+    for name in names:
+        for key, row in scores.items():
             if name not in row or not math.isfinite(row[name]):
-                found = "missing" if name not in row else "not a finite number"
-                raise CraftError(
-                    f"A score is {found}.",
-                    where=f"reward {name}, candidate {key}",
-                    hint="run the score stage again: craft-fast score",
-                )
+                raise _bad_score("missing" if name not in row else "not a finite number", name, key)
 
 
-def _rates(passed: Mapping[str, Mapping[str, bool]], rewards: Sequence[str], passing: int) -> dict[str, float]:
+def _bad_score(found: str, reward: str, candidate: str) -> CraftError:
+    return CraftError(
+        f"A score is {found}.",
+        where=f"reward {reward}, candidate {candidate}",
+        hint="run the score stage again: craft-fast score",
+    )
+
+
+def _check_provenances(scored_by: ScoredBy, rewards: Iterable[str]) -> None:
+    """All scores of a reward are compared with one another: variants with member 0, and in r_total across the run."""
+    for name in dict.fromkeys(rewards):
+        found = {key: ways[name] for key, ways in scored_by.items() if name in ways}
+        first = next(iter(found), "")
+        other = next((key for key in found if found[key] != found[first]), None)
+        if other is not None:
+            one, two = found[first], found[other]
+            differs = one.differences(two) if one and two else ["how some came about is not recorded"]
+            raise IntegrityError(
+                "Scores that came about in different ways are not compared",
+                where=f"reward {name}, candidates {first} and {other}",
+                why="; ".join(differs),
+                hint="score again, which makes those anew that differ: craft-fast score",
+            )
+
+
+def _rates(passed: Mapping[str, Mapping[str, bool]], asked: Mapping[str, int], passing: int) -> dict[str, float]:
     tried = len(passed)
-    rates = {name: sum(factors[name] for factors in passed.values()) / tried if tried else 0.0 for name in rewards}
+    rates = {
+        name: sum(found.get(name, False) for found in passed.values()) / count if count else 0.0
+        for name, count in asked.items()
+    }
     return {**rates, "all": passing / tried if tried else 0.0}
+
+
+def rates_in_words(result: FilterResult) -> str:
+    """Acceptance by reward in one line, ``h 83%, p 67% of 5 asked, all 33%``."""
+    said = []
+    for name, rate in result.acceptance.items():
+        asked = result.asked.get(name, result.tried)
+        said.append(f"{name} {rate:.0%}" + (f" of {asked} asked" if asked < result.tried else ""))
+    return ", ".join(said)
 
 
 def what_to_loosen(result: FilterResult, settings: FilterSettings, images: int) -> str:
@@ -251,9 +317,9 @@ def what_to_loosen(result: FilterResult, settings: FilterSettings, images: int) 
     found, wanted = len(result.accepted), settings.target_samples
     if found >= wanted:
         return ""
-    rates = ", ".join(f"{name} {rate:.0%}" for name, rate in result.acceptance.items())
+    rates = rates_in_words(result)
     advice = []
-    judged = {name: rate for name, rate in result.acceptance.items() if name in settings.rewards}
+    judged = {name: rate for name, rate in result.acceptance.items() if result.asked.get(name)}
     if len(judged) > 1:
         strictest = min(judged, key=lambda name: judged[name])
         rest = ", ".join(name for name in settings.rewards if name != strictest)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from craft_fast.asking import who_is_asked
 from craft_fast.config import Section, Settings
 from craft_fast.store.digest import digest_json, sha256_file
 from craft_fast.store.run import Run, resolve_uri
@@ -44,7 +45,7 @@ class InputKeys:
         text: text embeddings.
         model: digest of the model and of how it predicts.
         rewards: reward name to the key under which it scores candidates; held-out rewards are not among them.
-        all_rewards: reward name to its own key.
+        all_rewards: reward name to its own key, in which ``score.dtype`` is.
     """
 
     expand: str
@@ -94,12 +95,17 @@ def input_keys(settings: Settings, cache_dir: Path) -> InputKeys:
     told = [wanted.prediction_type, wanted.zero_terminal_snr, wanted.dtype, wanted.vae_dtype]
     model = digest_json([digest, *told])
     generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET))
-    own = {name: reward_key(name, spec, offline=settings.model.offline) for name, spec in settings.rewards.items()}
+    own = {
+        name: reward_key(name, spec, offline=settings.model.offline, dtype=settings.score.dtype)
+        for name, spec in settings.rewards.items()
+    }
     rewards = {
         name: score_key(own[name], settings.score) for name, spec in settings.rewards.items() if not spec.held_out
     }
     score = _key("score", generate, rewards)
-    weights = {name: settings.rewards[name].weight for name in rewards}
+    # score.lazy is in no key, since it changes no verdict; that r_total may be made of fewer rewards under it is.
+    asked = who_is_asked(settings.rewards, settings.filter, settings.train, settings.score)
+    weights = dict(asked.weights)
     budget = [settings.generate.max_images, settings.generate.max_minutes]
     chosen = _key("filter", score, weights, budget, _plain(settings.filter))
     text = _key("cache", model)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from craft_fast.config import Settings
 from craft_fast.errors import CraftError, Interrupted, QualityGateError, UsageError
-from craft_fast.filtering import FilterResult, filter_candidates, what_to_loosen
+from craft_fast.filtering import FilterResult, rates_in_words, what_to_loosen
 from craft_fast.pipeline_keys import InputKeys
+from craft_fast.pipeline_scoring import RenewedError, Scoring
 from craft_fast.progress import Progress
 from craft_fast.records import Candidate, Group, Selection
 from craft_fast.store.digest import digest_json, sha256_file
@@ -81,6 +83,7 @@ class Stream:
         self.steps = frozenset(steps)
         manifest, keys = work.run.manifest, work.keys
         self.groups = manifest.groups(keys.expand, "train")
+        self.scoring = Scoring(work)
         self.stage_keys = {"generate": keys.generate, "score": keys.score, "filter": keys.filter}
         self.meters = {name: self._meter(name) for name in STREAMED}
         for name in self._steps_in_order():
@@ -104,7 +107,12 @@ class Stream:
         if "generate" in self.steps and "filter" not in self.steps and not (budget.max_images or budget.max_minutes):
             self.work.progress.info(f"No budget: candidates of all {len(self.groups)} prompts; --max-images sets one")
         try:
-            used, decision = self._blocks()
+            if "score" in self.steps:
+                self.scoring.settle()
+            while True:
+                with contextlib.suppress(RenewedError):
+                    used, decision = self._blocks()
+                    break
             return self._finish(used, decision)
         except BaseException:
             with contextlib.suppress(CraftError):
@@ -119,7 +127,7 @@ class Stream:
             if reason is not None:
                 return used, Decision(len(used), reason)
             room = self._fit(block, used)
-            ready = self._make(room)
+            ready = self._make(room, used)
             used += ready
             if "filter" in self.steps and used:
                 result = self._judge(used, final=False)
@@ -164,7 +172,7 @@ class Stream:
 
     # ---- one block
 
-    def _make(self, block: Sequence[Group]) -> list[Group]:
+    def _make(self, block: Sequence[Group], used: Sequence[Group]) -> list[Group]:
         """Generate and score what a block lacks; returns its groups, from the first, that are ready."""
         if not block:
             return []
@@ -174,15 +182,14 @@ class Stream:
         if "score" in self.steps:
             if not fresh and "generate" in self.steps and self._drop_damaged(rows):
                 self._generate(block)
-            rows = self._score(self._candidates(block))
-        done = {row.prompt_id: 0 for row in rows}
-        scores = self._scores(rows) if self.steps & {"score", "filter"} else None
-        for row in rows:
-            if scores is None or set(self.work.keys.rewards) <= set(scores.get(row.candidate_id, {})):
-                done[row.prompt_id] += 1
+            rows = self._candidates(block)
+            self._score(rows, used)
+        unfinished = self.scoring.unfinished(rows) if self.steps & {"score", "filter"} else set()
+        made = Counter(row.prompt_id for row in rows)
         ready: list[Group] = []
         for group in block:
-            if done.get(group.prompt.prompt_id, 0) < len(group.variants):
+            name = group.prompt.prompt_id
+            if made[name] < len(group.variants) or name in unfinished:
                 break
             ready.append(group)
         return ready
@@ -190,9 +197,6 @@ class Stream:
     def _candidates(self, groups: Sequence[Group]) -> list[Candidate]:
         wanted = {group.prompt.prompt_id for group in groups}
         return [row for row in self.work.run.manifest.candidates(self.work.keys.generate) if row.prompt_id in wanted]
-
-    def _scores(self, rows: Sequence[Candidate]) -> dict[str, dict[str, float]]:
-        return self.work.run.manifest.scores(self.work.keys.rewards, [row.candidate_id for row in rows])
 
     def _generate(self, block: Sequence[Group]) -> bool:
         """Make the missing candidates of a block; returns whether any were missing."""
@@ -217,23 +221,12 @@ class Stream:
         work.check_stop()
         return True
 
-    def _score(self, rows: list[Candidate]) -> list[Candidate]:
-        from craft_fast.rewards.composite import score_candidates
-
-        work = self.work
-        scores = self._scores(rows)
-        if any(set(work.keys.rewards) - set(scores.get(row.candidate_id, {})) for row in rows):
+    def _score(self, rows: Sequence[Candidate], used: Sequence[Group]) -> None:
+        if self.scoring.unfinished(rows):
             self._announce("score")
             with self.meters["score"].running():
-                score_candidates(
-                    work.run,
-                    rows,
-                    work.bench.rewards(held_out=False),
-                    settings=work.settings.score,
-                    progress=work.progress,
-                )
-            work.check_stop()
-        return rows
+                self.scoring.score(rows, self._candidates(used))
+            self.work.check_stop()
 
     def _drop_damaged(self, rows: Sequence[Candidate]) -> bool:
         """Forget groups with a file that is not what was written, so that they are made again before they count."""
@@ -256,19 +249,16 @@ class Stream:
     # ---- verdicts
 
     def _judge(self, used: Sequence[Group], *, final: bool) -> FilterResult:
-        settings = self.work.settings
-        weights = {name: settings.rewards[name].weight for name in self.work.keys.rewards}
         rows = self._candidates(used)
         self._announce("filter")
         with self.meters["filter"].running():
-            return filter_candidates(used, rows, self._scores(rows), settings.filter, weights, final)
+            return self.scoring.judge(used, rows, final=final)
 
     def _tell(self, used: Sequence[Group], result: FilterResult) -> None:
         images = sum(len(group.variants) for group in used)
-        rates = ", ".join(f"{name} {rate:.0%}" for name, rate in result.acceptance.items())
         wanted = self.work.settings.filter.target_samples
         self.work.progress.info(
-            f"{images} images of {len(used)} prompts: {result.passing} pass, {wanted} wanted ({rates})"
+            f"{images} images of {len(used)} prompts: {result.passing} pass, {wanted} wanted ({rates_in_words(result)})"
         )
 
     def _finish(self, used: Sequence[Group], decision: Decision) -> FilterResult | None:
@@ -278,12 +268,13 @@ class Stream:
             raise self._nothing(decision)
         result = self._judge(used, final=True) if "filter" in self.steps else None
         counts: dict[str, Any] = {"groups": len(used), "images": images, "reason": _REASONS[decision.reason]}
+        asked = self.scoring.infos()
         infos: dict[str, dict[str, Any]] = {
             "generate": counts,
-            "score": {"images": images, "reward_keys": work.keys.rewards},
+            "score": {"images": images, "reward_keys": work.keys.rewards, **asked["score"]},
         }
         if result is not None:
-            infos["filter"] = {**counts, **_figures(result, work.settings.filter.target_samples)}
+            infos["filter"] = {**counts, **_figures(result, work.settings.filter.target_samples), **asked["filter"]}
         with manifest.transaction():
             if result is not None:
                 manifest.put_selections(work.keys.filter, result.selections)
@@ -291,6 +282,7 @@ class Stream:
             for name in (step for step in self._steps_in_order() if step in infos):
                 meter = self.meters[name]
                 manifest.finish_stage(name, self.stage_keys[name], meter.seconds, meter.peak_gib, infos[name])
+        self.scoring.tell_cut(self._candidates(used))
         if result is not None:
             say_result(work, result, images, decision)
         return result
@@ -353,6 +345,7 @@ def _figures(result: FilterResult, wanted: int) -> dict[str, Any]:
         "passing": result.passing,
         "tried": result.tried,
         "acceptance": dict(result.acceptance),
+        "asked": dict(result.asked),
         "selection": selection_digest(result.selections),
     }
 

@@ -42,11 +42,19 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class FunnelStep:
-    """How many variants are left after one more condition, and how many meet that condition taken alone."""
+    """How the variants fare at one more condition.
+
+    Attributes:
+        label: of the condition.
+        left: variants that neither this condition nor one before it has rejected.
+        alone: variants that meet this condition.
+        asked: variants that were held against it; a lazy reward is asked about those alone that others let through.
+    """
 
     label: str
     left: int
     alone: int
+    asked: int
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
@@ -137,7 +145,10 @@ def histograms(scores: Mapping[str, Mapping[str, float]], selections: Sequence[S
 
 
 def funnel(selections: Sequence[Selection], rewards: Sequence[str]) -> list[FunnelStep]:
-    """How the filter narrows the variants (members 1..K), condition by condition, in the filter's order.
+    """How the filter narrows the variants (members 1..K), condition by condition.
+
+    The order is the filter's, but a reward that was asked about fewer variants comes after those asked about more: it
+    was asked about what they had left. Of which a reward was not asked, it rejects none.
 
     Args:
         selections: the filter's verdicts.
@@ -147,13 +158,14 @@ def funnel(selections: Sequence[Selection], rewards: Sequence[str]) -> list[Funn
     if not left:
         return []
     variants = left
-    steps = [FunnelStep("variants", len(variants), len(variants))]
-    for name in rewards:
-        left = [row for row in left if row.passed.get(name, False)]
+    asked = {name: sum(name in row.passed for row in variants) for name in rewards}
+    steps = [FunnelStep("variants", len(variants), len(variants), len(variants))]
+    for name in sorted(rewards, key=lambda name: -asked[name]):
+        left = [row for row in left if row.passed.get(name, True)]
         alone = sum(row.passed.get(name, False) for row in variants)
-        steps.append(FunnelStep(name, len(left), alone))
+        steps.append(FunnelStep(name, len(left), alone, asked[name]))
     accepted = sum(row.accepted for row in selections)
-    return [*steps, FunnelStep("accepted", accepted, accepted)]
+    return [*steps, FunnelStep("accepted", accepted, accepted, len(variants))]
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:

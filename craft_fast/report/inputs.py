@@ -17,7 +17,7 @@ import yaml
 
 import craft_fast
 from craft_fast.errors import CraftError
-from craft_fast.records import Candidate, EvalRow, FileRef, Selection, StageRow
+from craft_fast.records import Candidate, EvalRow, FileRef, Provenance, Selection, StageRow
 from craft_fast.store.run import read_log
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class ReportData:
     settings_text: str
     settings: Mapping[str, Any]
     reward_notes: Mapping[str, str]
+    provenances: Mapping[str, Sequence[Provenance | None]]
+    """By reward, how its scores came about, of candidates and of the evaluation; None: not recorded."""
     filter_rewards: Sequence[str]
     stages: Sequence[StageRow]
     candidates: Sequence[Candidate]
@@ -82,6 +84,8 @@ class ReportData:
     evaluation: Sequence[EvalRow]
     pairs: Sequence[Pair]
     grid_prompts: int
+    total_of: Sequence[str] | None
+    """The rewards that r_total was made of; None: not recorded."""
     strips: Sequence[Strip]
     losses: Sequence[tuple[int, float]]
     versions: Mapping[str, str]
@@ -130,7 +134,10 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         seed=settings.seed,
         settings_text=shown,
         settings=yaml.safe_load(shown),
-        reward_notes={name: f"{reward.kind}, {reward.path}" for name, reward in settings.rewards.items()},
+        provenances=_provenances(run, settings, reward_keys, inputs.evaluate),
+        reward_notes={
+            name: ", ".join(filter(None, (reward.kind, reward.path))) for name, reward in settings.rewards.items()
+        },
         filter_rewards=settings.filter.rewards,
         stages=[row for row in manifest.stages() if row.state == "done"],
         candidates=candidates,
@@ -139,6 +146,7 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         evaluation=manifest.eval_rows(inputs.evaluate),
         pairs=_pairs(run, inputs),
         grid_prompts=settings.report.grid_prompts,
+        total_of=_total_of(manifest),
         strips=_strips(run, inputs, settings.train.steps),
         losses=_losses(run, inputs.train),
         versions=_versions(),
@@ -146,6 +154,19 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         model_digest=_model_digest(settings.model),
         loras=_loras(run),
     )
+
+
+def _total_of(manifest: Manifest) -> list[str] | None:
+    row = manifest.stage("filter")
+    weights = row.info.get("r_total") if row is not None else None
+    return list(weights) if isinstance(weights, dict) else None
+
+
+def _provenances(
+    run: Run, settings: Settings, reward_keys: Mapping[str, str], evaluate: str
+) -> dict[str, list[Provenance | None]]:
+    candidates, pairs = run.manifest.provenances(reward_keys), run.manifest.eval_provenances(evaluate)
+    return {name: list({**candidates.get(name, {}), **pairs.get(name, {})}) for name in settings.rewards}
 
 
 def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import resources
 
-from craft_fast.records import EvalRow, StageRow
+from craft_fast.records import EvalRow, Provenance, StageRow
 from craft_fast.report import charts, figures
 from craft_fast.report.images import Picture, data_uris
 from craft_fast.report.inputs import Pair, ReportData
@@ -217,6 +217,9 @@ def _rule(data: ReportData) -> str:
     rule += f"{', '.join(esc(name) for name in data.filter_rewards)}." if data.filter_rewards else "nothing: all pass."
     if chosen["keep"] == "all":
         rule += " A group counts only when all of its variants do."
+    if data.total_of is not None and set(data.total_of) < set(data.reward_keys):
+        made = f"made of {', '.join(map(esc, data.total_of))} alone" if data.total_of else "0 for all"
+        rule += f" The total reward and the advantage are {made}."
     if chosen["select"] == "top":
         rule += f" Of those that pass, the {chosen['target_samples']} of highest total reward are taken."
     return rule
@@ -230,8 +233,9 @@ def _funnel(data: ReportData) -> str:
     rows = ""
     for position, step in enumerate(steps):
         inner = 0 < position < len(steps) - 1
+        of_asked = f" of {step.asked} asked" if step.asked < total else ""
         name = f"better on {esc(step.label)}" if inner else esc(step.label)
-        alone = f" <span>alone {percent(step.alone / total, 0)}</span>" if inner else ""
+        alone = f" <span>alone {percent(step.alone / (step.asked or 1), 0)}{of_asked}</span>" if inner else ""
         kind = "fill" if position == len(steps) - 1 else "soft"
         rows += (
             f"<tr><th>{'and ' if inner and position > 1 else ''}{name}</th>"
@@ -239,6 +243,10 @@ def _funnel(data: ReportData) -> str:
             f"<td><b>{step.left}</b> {percent(step.left / total, 0)}{alone}</td></tr>"
         )
     table = f"<table class=funnel><tbody>{rows}</tbody></table>"
+    if any(step.asked < total for step in steps):
+        table += (
+            "<p>A reward that only the filter needs was asked about what others had left; verdicts are the same.</p>"
+        )
     if steps[-1].left:
         return table
     hint = "loosen <code>filter.rewards</code> or raise <code>expand.variants</code>"
@@ -329,6 +337,7 @@ def _info(row: StageRow) -> str:
 
 def _facts(data: ReportData) -> str:
     parts = [
+        ("Rewards", _definitions(_ways(data))),
         ("Versions", _definitions(list(data.versions.items()))),
         ("Digests", _definitions(_digests(data))),
         ("Settings", f"<pre>{esc(data.settings_text)}</pre>"),
@@ -347,6 +356,26 @@ def _digests(data: ReportData) -> list[tuple[str, str]]:
     loras = [(ref.path, ref.sha256) for ref in data.loras]
     rewards = [(f"reward {name}", key) for name, key in data.reward_keys.items()]
     return [*loras, *model, *rewards, *((f"stage {row.name}", row.key) for row in data.stages)]
+
+
+def _ways(data: ReportData) -> list[tuple[str, str]]:
+    """One line a reward: how its scores came about."""
+    return [
+        (name, "; also: ".join(map(_way, ways)) if ways else "no scores yet") for name, ways in data.provenances.items()
+    ]
+
+
+def _way(way: Provenance | None) -> str:
+    if way is None:
+        return "how its scores came about was not recorded"
+    named = {
+        "checkpoint": way.checkpoint[:12],
+        "pictures": way.preprocessing,
+        "text": way.tokenizer,
+        "precision": way.precision,
+    }
+    parts = [way.backend, *(f"{name} {value}" for name, value in named.items() if value), way.note]
+    return ", ".join(part for part in parts if part)
 
 
 def _definitions(items: Sequence[tuple[str, str]]) -> str:

@@ -1,140 +1,22 @@
 """The run's manifest: one SQLite file in which every finished piece of work has its row.
 
-WAL with synchronous=FULL: a row that was committed survives a kill and a power loss. Files are written first
-(``store.atomic``), rows after, so a row never names a file that is not there. Every ``put_*`` is idempotent and one
-transaction. No torch here.
+Files are written first (``store.atomic``), rows after, so a row never names a file that is not there. Every ``put_*``
+is idempotent and one transaction. No torch here.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from craft_fast.errors import CraftError, IntegrityError, ResourceError
-from craft_fast.records import (
-    Candidate,
-    EvalRow,
-    FileRef,
-    Group,
-    Prompt,
-    Sample,
-    ScoreRow,
-    Selection,
-    Split,
-    StageRow,
-    Variant,
-)
-from craft_fast.store.schema import SCHEMA, SCHEMA_VERSION
-
-EvalScore = tuple[str, str, str, float]
-"""side (``base`` or ``tuned``), prompt_id, reward, value."""
+from craft_fast.records import Candidate, EvalRow, FileRef, Group, Prompt, Sample, Selection, Split, StageRow, Variant
+from craft_fast.store.database import upsert
+from craft_fast.store.score_tables import EvalScore, ScoreTables
 
 
-class Manifest:
-    """Typed access to a run's rows. One thread, one writer (``open_run`` holds the lock).
-
-    Args:
-        path: the SQLite file; made when missing, unless ``read_only``.
-        read_only: refuse every change.
-    """
-
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.path = path
-        self._depth = 0
-        with self._errors():
-            self._db = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        try:
-            self._open(read_only)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _open(self, read_only: bool) -> None:
-        with self._errors():
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-                # Also what a kill leaves that comes before the first commit.
-                self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-            self._check_version()
-            if read_only:
-                self._db.execute("PRAGMA query_only = ON")
-
-    def _check_version(self) -> None:
-        version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
-        if version != SCHEMA_VERSION:
-            raise CraftError(
-                "This run was made by another version of craft-fast",
-                where=str(self.path),
-                why=f"its manifest has version {version}, this program reads {SCHEMA_VERSION}",
-                hint="use the version that made it, or start a new run with another --name",
-            )
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            name = getattr(error, "sqlite_errorname", "")
-            if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
-                raise ResourceError(
-                    "The disk is full or failing; nothing that was reported as done is lost",
-                    where=str(self.path),
-                    why=str(error),
-                    hint="free some space, then type the same command again: it continues",
-                ) from error
-            if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT") or name.startswith("SQLITE_CORRUPT"):
-                raise IntegrityError(
-                    "The run's manifest is damaged",
-                    where=str(self.path),
-                    why=str(error),
-                    hint="move the run's folder away and run again",
-                ) from error
-            raise CraftError("The run's manifest cannot be used", where=str(self.path), why=str(error)) from error
-
-    def close(self) -> None:
-        """Close the file; the manifest cannot be used afterwards."""
-        self._db.close()
-
-    def problems(self) -> list[str]:
-        """What SQLite's own check of the whole file finds; empty when nothing."""
-        found = [str(row[0]) for row in self._all("PRAGMA integrity_check(20)")]
-        return [] if found == ["ok"] else found
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All changes inside are committed together, or none; nests into the outermost one."""
-        with self._errors():
-            if self._depth == 0:
-                self._db.execute("BEGIN IMMEDIATE")
-            self._depth += 1
-            try:
-                yield
-            except BaseException:
-                self._depth -= 1
-                if self._depth == 0 and self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-            self._depth -= 1
-            if self._depth == 0:
-                try:
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
-
-    def _many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        with self.transaction():
-            self._db.executemany(sql, rows)
-
-    def _all(self, sql: str, *args: Any) -> list[tuple[Any, ...]]:
-        with self._errors():
-            return self._db.execute(sql, args).fetchall()
+class Manifest(ScoreTables):
+    """Typed access to a run's rows; scores are in ``ScoreTables``, opening and transactions in ``Database``."""
 
     # ---- meta and stages
 
@@ -145,7 +27,7 @@ class Manifest:
 
     def set_meta(self, k: str, v: str) -> None:
         """Keep the text ``v`` under ``k``."""
-        self._many(_upsert("meta", "k", "v"), [(k, v)])
+        self._many(upsert("meta", "k", "v"), [(k, v)])
 
     def stage(self, name: str) -> StageRow | None:
         """State of one stage, or None when it never began."""
@@ -174,7 +56,7 @@ class Manifest:
     def put_stage(self, row: StageRow) -> None:
         """Write a stage's row as it is."""
         values = (row.name, row.key, row.state, row.seconds, row.peak_gib, _json(row.info))
-        self._many(_upsert("stages", "name", "key state seconds peak_gib info"), [values])
+        self._many(upsert("stages", "name", "key state seconds peak_gib info"), [values])
 
     # ---- prompts and candidates
 
@@ -185,7 +67,7 @@ class Manifest:
             prompt, variants = group.prompt, [[variant.member, variant.text] for variant in group.variants]
             texts = (prompt.text, prompt.line, _json(prompt.meta), json.dumps(variants, ensure_ascii=False))
             rows.append((key, prompt.split, prompt.prompt_id, *texts))
-        self._many(_upsert("prompts", "key split prompt_id", "text line meta variants"), rows)
+        self._many(upsert("prompts", "key split prompt_id", "text line meta variants"), rows)
 
     def groups(self, key: str, split: Split = "train") -> list[Group]:
         """Groups under ``key``, in the order in which they were put."""
@@ -228,35 +110,7 @@ class Manifest:
         """Forget the candidates of some groups, so that they are made again in their old place."""
         self._many("DELETE FROM candidates WHERE key = ? AND prompt_id = ?", [(key, item) for item in prompt_ids])
 
-    # ---- scores and verdicts
-
-    def put_scores(self, rows: Sequence[ScoreRow]) -> None:
-        """Keep reward values."""
-        self._many(
-            "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)",
-            [(row.candidate_id, row.reward, row.reward_key, row.value) for row in rows],
-        )
-
-    def scores(
-        self, reward_keys: Mapping[str, str], candidate_ids: Iterable[str] | None = None
-    ) -> dict[str, dict[str, float]]:
-        """Values by candidate and reward.
-
-        Args:
-            reward_keys: reward name to the key under which it scored.
-            candidate_ids: only these; None: all.
-
-        Returns:
-            candidate_id to {reward name: value}; a candidate without any score is absent.
-        """
-        wanted = None if candidate_ids is None else set(candidate_ids)
-        result: dict[str, dict[str, float]] = {}
-        for name, key in reward_keys.items():
-            sql = "SELECT candidate_id, value FROM scores WHERE reward = ? AND reward_key = ?"
-            for candidate_id, value in self._all(sql, name, key):
-                if wanted is None or candidate_id in wanted:
-                    result.setdefault(candidate_id, {})[name] = value
-        return result
+    # ---- verdicts and samples
 
     def put_selections(self, key: str, rows: Sequence[Selection]) -> None:
         """Keep the filter's verdicts."""
@@ -265,7 +119,7 @@ class Manifest:
             verdict = (row.prompt_id, row.member, row.accepted, _json(row.passed), row.r_total, row.advantage)
             values.append((key, row.candidate_id, *verdict))
         columns = "prompt_id member accepted passed r_total advantage"
-        self._many(_upsert("selections", "key candidate_id", columns), values)
+        self._many(upsert("selections", "key candidate_id", columns), values)
 
     def selections(self, key: str) -> list[Selection]:
         """Verdicts under ``key``, in the order in which they were put."""
@@ -281,7 +135,7 @@ class Manifest:
     def put_samples(self, key: str, rows: Sequence[Sample]) -> None:
         """Keep training samples."""
         values = [(key, row.sample_id, row.candidate_id, row.prompt, row.weight) for row in rows]
-        self._many(_upsert("samples", "key sample_id", "candidate_id prompt weight"), values)
+        self._many(upsert("samples", "key sample_id", "candidate_id prompt weight"), values)
 
     def samples(self, key: str) -> list[Sample]:
         """Training samples under ``key``, in the order in which they were put."""
@@ -293,7 +147,7 @@ class Manifest:
     def put_files(self, kind: str, key: str, files: Mapping[str, FileRef]) -> None:
         """Keep records of files (cache entries, evaluation images, checkpoints, ...) that are already written."""
         values = [(kind, key, name, *_ref(ref)) for name, ref in files.items()]
-        self._many(_upsert("files", "kind key id", "path sha256 size"), values)
+        self._many(upsert("files", "kind key id", "path sha256 size"), values)
 
     def files(self, kind: str, key: str) -> dict[str, FileRef]:
         """Id to file record."""
@@ -321,7 +175,7 @@ class Manifest:
             for row in rows
         ]
         columns = "held_out base_mean tuned_mean win_rate ci_low ci_high n"
-        self._many(_upsert("eval_rows", "key metric", columns), values)
+        self._many(upsert("eval_rows", "key metric", columns), values)
 
     def eval_rows(self, key: str) -> list[EvalRow]:
         """The evaluation's table under ``key``."""
@@ -330,26 +184,6 @@ class Manifest:
             " WHERE key = ? ORDER BY ord"
         )
         return [EvalRow(row[0], bool(row[1]), *row[2:]) for row in self._all(sql, key)]
-
-    def put_eval_scores(self, key: str, rows: Sequence[EvalScore]) -> None:
-        """Keep scores of evaluation images: (side, prompt_id, reward, value)."""
-        self._many(_upsert("eval_scores", "key side prompt_id reward", "value"), [(key, *row) for row in rows])
-
-    def eval_scores(self, key: str) -> list[EvalScore]:
-        """Scores of evaluation images under ``key``, in the order in which they were put."""
-        sql = "SELECT side, prompt_id, reward, value FROM eval_scores WHERE key = ? ORDER BY ord"
-        return [(row[0], row[1], row[2], row[3]) for row in self._all(sql, key)]
-
-
-def _upsert(table: str, unique: str, values: str) -> str:
-    """SQL that inserts a row or, where the ``unique`` columns are taken, changes its ``values`` and keeps its place."""
-    columns = unique.split() + values.split()
-    marks = ", ".join("?" * len(columns))
-    changes = ", ".join(f"{name} = excluded.{name}" for name in values.split())
-    return (
-        f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
-        f" ON CONFLICT ({', '.join(unique.split())}) DO UPDATE SET {changes}"
-    )
 
 
 def _json(value: Any) -> str:
@@ -364,3 +198,6 @@ def _candidate(row: tuple[Any, ...]) -> Candidate:
 
 def _ref(ref: FileRef) -> tuple[str, str, int]:
     return (ref.path, ref.sha256, ref.size)
+
+
+__all__ = ["EvalScore", "Manifest"]

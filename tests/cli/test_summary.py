@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from craft_cli.ui.summary import (
@@ -38,6 +39,11 @@ def test_evaluation_parts_held_out_from_training_rewards() -> None:
         "over 64 held-out prompts, equal seeds",
         "",
     ]
+
+
+def test_rates_of_lazy_rewards_say_how_many_were_asked() -> None:
+    stages = [StageRow("filter", "k", "done", 2.0, None, {"tried": 36, "asked": {"h": 9}})]
+    assert summary_lines(replace(SUMMARY, stages=stages))[1] == "variants that pass: all 25%, h 50% of 9 asked"
 
 
 def test_the_end_of_a_run() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +16,24 @@ from torch import Tensor
 from craft_fast import rng
 from craft_fast.config import (
     EvaluateSettings,
-    ExportSettings,
-    GenerateSettings,
     ModelSettings,
     Settings,
     TrainSettings,
 )
 from craft_fast.errors import ConfigError, CraftError, Interrupted
-from craft_fast.evaluate import bootstrap_interval, evaluate, paired_rows
+from craft_fast.evaluate import evaluate
 from craft_fast.export import export_lora
-from craft_fast.qlora.lora import add_lora, lora_state_dict
+from craft_fast.pairs import bootstrap_interval, paired_rows
+from craft_fast.qlora.lora import add_lora
 from craft_fast.qlora.nf4 import quantize_nf4
-from craft_fast.records import FileRef, Prompt
+from craft_fast.records import FileRef
 from craft_fast.sdxl import drawing
 from craft_fast.sdxl.load import SdxlModel, load_sdxl
 from craft_fast.sdxl.sampling import Denoiser, make_scheduler
 from craft_fast.sdxl.unet import is_pristine
 from craft_fast.store.run import Run, open_run, read_log
 from craft_fast.store.safe_load import read_image
-
-GENERATE = GenerateSettings(num_inference_steps=3, guidance_scale=2.0, batch_size=4)
-EVALUATE = EvaluateSettings(prompts=6, bootstrap_samples=200)
-PROMPTS = [Prompt(f"h{i}", f"a blue star {i}", "heldout") for i in range(6)]
-
-
-@dataclass
-class Brightness:
-    """Mean of one channel: a judge whose scores a test can compute."""
-
-    name: str = "brightness"
-    channel: int = 0
-    held_out: bool = False
-    key: str = "b1"
-    calls: int = 0
-    rests: int = 0
-    seen: list[str] = field(default_factory=list)
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.calls += 1
-        self.seen += prompts
-        return images[:, self.channel].float().mean((1, 2))
-
-    def rest(self) -> None:
-        self.rests += 1
-
-    def close(self) -> None:
-        self.calls = -1
+from tests.unit.evaluations import EVALUATE, GENERATE, PROMPTS, Brightness, do, write_lora
 
 
 @dataclass
@@ -80,23 +52,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 @pytest.fixture
 def lora(run: Run, sdxl_folder: Path) -> Path:
-    """An exported LoRA that changes the pictures; alpha differs from rank."""
-    settings = Settings(
-        model=ModelSettings(path=str(sdxl_folder)),
-        train=TrainSettings(rank=4, lora_alpha=6.0),
-        export=ExportSettings(name="mine"),
-    )
-    unet = load_sdxl(sdxl_folder, device="cpu", dtype="float32").unet
-    add_lora(unet, rank=4, lora_alpha=6.0, target_modules=["to_q", "to_k", "to_v", "to_out.0"], seed=0)
-    state = {
-        name: value + 0.3 * rng.normal(value.shape, i) for i, (name, value) in enumerate(lora_state_dict(unet).items())
-    }
-    return run.path(export_lora(run, state, settings=settings, metadata={}).path)
-
-
-def do(run: Run, model: SdxlModel, lora: Path, rewards: Sequence[Any], **changes: Any) -> Any:
-    options: dict[str, Any] = {"settings": EVALUATE, "generate_settings": GENERATE, "seed": 3, "key": "k" * 64}
-    return evaluate(run, model, lora, PROMPTS, rewards, **{**options, **changes})
+    return write_lora(run, sdxl_folder)
 
 
 def pictures(run: Run, side: str, key: str = "k" * 64) -> dict[str, Tensor]:
@@ -201,14 +157,14 @@ def count_forwards(model: SdxlModel) -> tuple[list[int], Any]:
     return forwards, model.unet.register_forward_pre_hook(lambda module, args: forwards.append(args[0].shape[0]))
 
 
-def test_base_pictures_and_scores_are_used_again(run: Run, sdxl: SdxlModel, lora: Path) -> None:
+def test_base_pictures_and_scores_are_used_again(run: Run, sdxl: SdxlModel, sdxl_folder: Path, lora: Path) -> None:
     reward = Brightness()
     do(run, sdxl, lora, [reward])
     before = pictures(run, "base")
     calls = reward.calls
     forwards, hook = count_forwards(sdxl)
     try:
-        do(run, sdxl, lora, [reward], key="other")
+        do(run, sdxl, write_lora(run, sdxl_folder, 0.5), [reward], key="other")
     finally:
         hook.remove()
     assert forwards == [8, 8, 8, 4, 4, 4]  # the tuned side alone: batches of 4 and 2, doubled, three steps each

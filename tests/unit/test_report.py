@@ -10,13 +10,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from craft_fast.config import ReportSettings, RewardSettings, Settings, TrainSettings
-from craft_fast.records import Candidate, EvalRow, FileRef, Group, Prompt, ScoreRow, Selection, Variant
+from craft_fast.config import FilterSettings, ReportSettings, RewardSettings, Settings, TrainSettings
+from craft_fast.records import Candidate, EvalRow, FileRef, Group, Prompt, Provenance, ScoreRow, Selection, Variant
 from craft_fast.report import ReportInputs, build_report
 from craft_fast.rng import derive_seed
 from craft_fast.store.run import Run, open_run
@@ -273,6 +274,51 @@ def test_json_has_the_fields_that_others_read(run: Run) -> None:
         **{"ci_low": pytest.approx(0.14), "ci_high": pytest.approx(0.34), "n": 64},
     }
     assert data["digests"]["lora"] == {"lora/craft.safetensors": run.ref(run.path("lora", "craft.safetensors")).sha256}
+
+
+def test_every_reward_says_how_its_scores_came_about(run: Run) -> None:
+    fill(run)
+    way = Provenance(
+        "native", "abcdef012345" * 5 + "6789", "pil-bicubic/crop-floor/224", "clip-bpe/77", "float16", "<b>"
+    )
+    run.manifest.put_scores([ScoreRow("c0-1", "p", "key-p", 0.5, way)])
+    run.manifest.put_scores([ScoreRow(f"c{i}-{j}", "h", "key-h", 0.5, way) for i in range(160) for j in range(4)])
+    heldout = [(side, f"h{i}", "image_reward", 0.5) for side in ("base", "tuned") for i in range(64)]
+    run.manifest.put_eval_scores(KEYS.evaluate, heldout, {"image_reward": way})
+    run.manifest.put_eval_scores(KEYS.evaluate, [(*row[:2], "h", 0.5) for row in heldout], {"h": way})
+    page, path = build_report(run, SETTINGS, KEYS)
+    line = "native, checkpoint abcdef012345, pictures pil-bicubic/crop-floor/224, text clip-bpe/77, precision float16"
+    assert f"<dt>h</dt><dd>{line}, &lt;b&gt;</dd>" in page.read_text()
+    assert "<dt>a</dt><dd>how its scores came about was not recorded</dd>" in page.read_text()
+    rewards = json.loads(path.read_text())["rewards"]
+    assert rewards["h"] == {"kind": "clip", "held_out": False, "provenance": asdict(way)}
+    assert rewards["image_reward"]["provenance"]["checkpoint"] == way.checkpoint
+    assert (rewards["a"]["provenance"], rewards["oracle"]["held_out"]) == (None, True)
+    assert [rewards["p"]["provenance"], *rewards["p"]["also"]] in ([None, asdict(way)], [asdict(way), None])
+
+
+def test_the_funnel_is_over_those_that_were_asked(run: Run) -> None:
+    file = FileRef("candidates/x.png", "0" * 64, 1)
+    # Of four variants h rejects one; p is asked about the other three and rejects two.
+    passed = [{}, {"h": True, "p": True}, {"h": True, "p": False}, {"h": True, "p": False}, {"h": False}]
+    rows = [Selection(f"c{j}", "p0", j, j == 1, factors, 0.0, 0.0) for j, factors in enumerate(passed)]
+    run.manifest.put_candidates(
+        KEYS.generate, [Candidate(row.candidate_id, "p0", row.member, "a", "a", 0, file, file) for row in rows]
+    )
+    run.manifest.put_selections(KEYS.filter, rows)
+    run.manifest.finish_stage("filter", KEYS.filter, 0.1, None, {"r_total": {"a": 1.0}})
+    few = SETTINGS.model_copy(update={"filter": FilterSettings(rewards=["p", "h"])})
+    page, path = build_report(run, few, KEYS)
+    selection = json.loads(path.read_text())["selection"]
+    assert [(step["label"], step["left"], step["alone"], step["asked"]) for step in selection["funnel"]] == [
+        ("variants", 4, 4, 4), ("h", 3, 3, 4), ("p", 1, 1, 3), ("accepted", 1, 1, 4),
+    ]  # fmt: skip
+    assert selection["r_total"] == ["a"]
+    text = Page(page.read_text()).text
+    assert "alone 75 %" in text
+    assert "alone 33 % of 3 asked" in text
+    assert "asked about what others had left" in text
+    assert "The total reward and the advantage are made of a alone." in text
 
 
 def test_losses_of_a_resumed_run_count_once(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,9 +55,17 @@ def _samples(summary: RunSummary) -> list[str]:
     wanted = f", {summary.wanted} wanted" if summary.accepted < summary.wanted else ""
     lines = [f"{summary.accepted} samples accepted of {summary.images} images{share}{wanted}"]
     if summary.acceptance:
-        rates = ", ".join(f"{name} {rate:.0%}" for name, rate in summary.acceptance.items())
-        lines.append(f"variants that pass: {rates}")
+        lines.append(f"variants that pass: {', '.join(_rates(summary))}")
     return lines
+
+
+def _rates(summary: RunSummary) -> Iterator[str]:
+    """Acceptance by reward; of a lazy one, over the variants that it was asked about."""
+    info = next((row.info for row in summary.stages if row.name == "filter"), {})
+    tried, asked = info.get("tried", 0), info.get("asked", {})
+    for name, rate in summary.acceptance.items():
+        number = asked.get(name, tried)
+        yield f"{name} {rate:.0%}" + (f" of {number} asked" if number < tried else "")
 
 
 def evaluation_lines(rows: Sequence[EvalRow]) -> list[str]:
