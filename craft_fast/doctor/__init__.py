@@ -60,6 +60,7 @@ def _with_torch(settings: Settings) -> list[tuple[str, Probe]]:
         ("model", weights.model),
         *((f"reward {name}", partial(weights.reward, name=name, spec=spec)) for name, spec in settings.rewards.items()),
         ("expander", weights.expander),
+        ("reward shelf", weights.reward_shelf),
         ("hub cache", weights.hub_cache),
         ("arithmetic", gpu.arithmetic),
         ("bitsandbytes", gpu.bitsandbytes),

@@ -46,11 +46,13 @@ class Patient:
         settings: of the run that is meant.
         runs: folder of the runs.
         to_fetch: hub ids that are not in the local cache, with the GiB they take about.
+        to_shelve: files of published reward models that are not here, by their places, with their bytes.
     """
 
     settings: Settings
     runs: Path
     to_fetch: dict[str, float] = field(default_factory=dict)
+    to_shelve: dict[str, int] = field(default_factory=dict)
 
     @property
     def full_size(self) -> bool:

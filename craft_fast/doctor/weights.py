@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from craft_fast.config import RewardSettings
+from craft_fast.config import REWARD_FAMILIES, RewardSettings
 from craft_fast.doctor.found import GIB, Found, Patient, gib
 from craft_fast.doctor.machine import nearest_folder
-from craft_fast.errors import CraftError, EnvironmentProblem
+from craft_fast.errors import CraftError, EnvironmentProblem, IntegrityError
 
-# About what is fetched, by the setting that names it: SDXL in half precision, a VAE in float32, CLIP ViT-H/14.
+if TYPE_CHECKING:
+    from craft_fast.rewards.catalog import Official
+    from craft_fast.rewards.shelf import Shelved
+
+# About what is fetched, by the setting that names it: SDXL in half precision, a VAE in float32, CLIP ViT-H/14 as a
+# family's hub id. Of published reward models the sizes are known.
 _FETCHED_GIB = {"model.path": 6.5, "model.config": 0.01, "model.vae": 0.3, "expand.model": 4.0, "rewards": 4.0}
 
 
@@ -35,14 +42,29 @@ def model(patient: Patient) -> Found:
 
 
 def reward(patient: Patient, *, name: str, spec: RewardSettings) -> Found:
-    """One reward's files: weights, preprocessing, tokenizer; a function's module is imported."""
-    from craft_fast.rewards import loaders
-    from craft_fast.rewards.base import read_preprocessing
+    """One reward: a published model's files, a family's folder, a function's module, or a plug-in's package."""
     from craft_fast.rewards.function import find_function
+    from craft_fast.rewards.loaders import is_published
 
     if spec.kind == "function":
         find_function(spec.path)
         return Found("ok", spec.path)
+    if is_published(spec):
+        return _published(patient, name, spec)
+    if spec.kind in REWARD_FAMILIES:
+        return _family(patient, name, spec)
+    from craft_fast.rewards.plugin import find_plugin
+
+    point = find_plugin(spec.kind)
+    package = f"{point.dist.name} {point.dist.version}, " if point.dist else ""
+    return Found("ok", f"{package}{point.value}")
+
+
+def _family(patient: Patient, name: str, spec: RewardSettings) -> Found:
+    """A folder: weights, preprocessing, tokenizer."""
+    from craft_fast.rewards import loaders
+    from craft_fast.rewards.base import read_preprocessing
+
     try:
         folder = loaders.reward_folder(spec.path, offline=True, name=name)
         described = read_preprocessing(folder, spec.kind)
@@ -53,6 +75,96 @@ def reward(patient: Patient, *, name: str, spec: RewardSettings) -> Found:
         return _absent(patient, error)
     files = {folder / "model.safetensors"} | ({folder / "head.safetensors"} if spec.kind == "aesthetic" else set())
     return Found("ok", f"{folder}, {_size(files)}")
+
+
+def _published(patient: Patient, name: str, spec: RewardSettings) -> Found:
+    """A published model: its files whole and the published ones, and its authors' package where that is to score."""
+    from craft_fast.rewards import shelf
+    from craft_fast.rewards.catalog import get
+    from craft_fast.store.run import resolve_uri
+
+    official = get(spec.kind)
+    folder = resolve_uri(spec.path) if spec.path else None
+    if folder is not None and not (isinstance(folder, Path) and folder.is_dir()):
+        raise EnvironmentProblem(
+            "A published reward model's path is not a folder",
+            where=f"rewards.{name}.path: {spec.path}",
+            hint=f"leave it out: --set rewards.{name}.path=",
+        )
+    by_package = _package(name, spec)
+    have = shelf.find(official, folder=folder)
+    for path, why in have.problems.items():
+        raise IntegrityError(
+            "A file is not what its name says",
+            where=str(path),
+            why=why,
+            hint=f"rm {shlex.quote(str(path))} && craft-fast rewards fetch {official.name}",
+        )
+    _refuse_other_files(official, have)
+    if have.missing:
+        return _to_fetch(patient, official, have)
+    places = ", ".join(sorted({str(path.parent) for path in have.found.values()}))
+    size = sum(path.stat().st_size for path in have.paths)
+    return Found("ok", f"{official.title}{by_package}, {places}, {_amount(size)}")
+
+
+def _package(name: str, spec: RewardSettings) -> str:
+    """What scores in the place of the toolkit's own network, ready to be put behind the model's name.
+
+    Raises:
+        EnvironmentProblem: its environment is not installed. ConfigError: there is no such package.
+    """
+    if spec.backend != "package":
+        return ""
+    from craft_fast.rewards.packages.client import package_of
+    from craft_fast.rewards.packages.environments import need
+
+    return f" by {need(package_of(name, spec.kind)).label}"
+
+
+def _refuse_other_files(official: Official, have: Shelved) -> None:
+    """Pinned files by their sha256: hashed once for all, about a second per GB, as a run does it.
+
+    Raises:
+        IntegrityError: a file is another one.
+    """
+    from craft_fast.store.digest import sha256_once
+
+    for asset in official.assets:
+        of_role = have.tokenizer if asset.role == "tokenizer" else [have.found.get(asset.role)]
+        for path in of_role:
+            if path is None or path.name != asset.name or asset.sha256 is None:
+                continue
+            digest = sha256_once(path)
+            if digest not in (asset.sha256, *asset.also):
+                raise IntegrityError(
+                    "A file is not the published one",
+                    where=str(path),
+                    why=f"its sha256 is {digest[:12]}..., the published one {asset.sha256[:12]}...",
+                    hint=f"rm {shlex.quote(str(path))} && craft-fast rewards fetch {official.name}",
+                )
+
+
+def _to_fetch(patient: Patient, official: Official, have: Shelved) -> Found:
+    """Missing files: an error where no network may be asked, with the place of each."""
+    from huggingface_hub import constants
+
+    from craft_fast.rewards.shelf import where_to_put
+
+    size = sum(asset.size for asset in have.missing)
+    count = f"{len(have.missing)} file{'s' if len(have.missing) > 1 else ''}"
+    fetch = f"craft-fast rewards fetch {official.name}"
+    if patient.settings.model.offline or constants.HF_HUB_OFFLINE:
+        raise EnvironmentProblem(
+            f"{count} of {official.title} are not on this machine, and no network may be asked",
+            where=f"kind: {official.name}",
+            why="; ".join(where_to_put(asset) for asset in have.missing),
+            hint=f"put them there, or where there is a network: {fetch}",
+        )
+    patient.to_shelve |= {asset.key: asset.size for asset in have.missing}
+    return Found(
+        "warn", f"{official.title}: {count}, {_amount(size)}, not on this machine; a run fetches them first", fetch
+    )
 
 
 def expander(patient: Patient) -> Found | None:
@@ -77,6 +189,20 @@ def expander(patient: Patient) -> Found | None:
     except EnvironmentProblem as error:
         return _absent(patient, error)
     return Found("ok", str(folder))
+
+
+def reward_shelf(patient: Patient) -> Found | None:
+    """Room for published reward models that are still to be fetched."""
+    if not patient.to_shelve:
+        return None
+    from craft_fast.rewards.shelf import shelf
+
+    place = shelf()
+    free, need = shutil.disk_usage(nearest_folder(place)).free, sum(patient.to_shelve.values())
+    here = f"{gib(free)} free at {place}; {gib(need)} are to be fetched"
+    if free < need:
+        return Found("warn", here, "export CRAFT_FAST_REWARDS=DIR, on a disk with more room")
+    return Found("ok", here)
 
 
 def hub_cache(patient: Patient) -> Found | None:
@@ -113,5 +239,8 @@ def _size(files: set[Path]) -> str:
 
     for file in sorted(files):
         read_header(file)
-    count = sum(file.stat().st_size for file in files)
+    return _amount(sum(file.stat().st_size for file in files))
+
+
+def _amount(count: int) -> str:
     return gib(count) if count > GIB / 10 else f"{count / 1024**2:.1f} MiB"

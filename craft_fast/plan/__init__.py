@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from craft_fast.budget import Machine, machine_of, model_shape, resolve_auto
-from craft_fast.config import Settings
-from craft_fast.plan.amounts import Amounts, amounts, disk_bytes, seconds
+from craft_fast.config import RewardSettings, Settings
+from craft_fast.plan.amounts import Amounts, amounts, disk_bytes, fetched, seconds
 from craft_fast.plan.fit import Change, over, ways_to_fit
 from craft_fast.plan.stages import GIB, Costs
 from craft_fast.plan.states import Known, known_of
@@ -135,9 +135,9 @@ def plan(
     planned = Costs.of(resolved, machine, shape)
     known = known_of(root, resolved)
     made = amounts(resolved, acceptance=known.acceptance, prompt_count=prompt_count)
-    notes += [*chosen, *made.notes, *known.notes, *_unknown(planned)]
+    notes += [*chosen, *made.notes, *known.notes, *_rewards_notes(planned, root)]
     probed = _probe(planned, deadline_s, progress, notes) if probing and machine.device else None
-    stages = _stages(planned, made, known.states, probed)
+    stages = _stages(planned, made, known.states, probed, root)
     fits = all(stage.fits for stage in stages)
     changes, can_fit = ([], True) if fits else ways_to_fit(planned)
     todo = [stage for stage in stages if stage.state != "done"]
@@ -179,10 +179,7 @@ def memory_warning(settings: Settings) -> str | None:
 
 def free_disk(root: Path) -> int:
     """Bytes free where the run's folder is or will be."""
-    place = Path(root).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_there(root)).free
 
 
 def _machine(settings: Settings) -> Machine:
@@ -204,15 +201,54 @@ def _probe(planned: Costs, deadline_s: float | None, progress: Progress, notes: 
         return None
 
 
-def _unknown(planned: Costs) -> list[str]:
-    missing = [name for name, cost in planned.rewards(held_out=True).items() if cost is None]
-    if not missing:
-        return []
-    return [f"rewards {', '.join(missing)} are not on this machine: what they need is not known"]
+def _rewards_notes(planned: Costs, root: Path) -> list[str]:
+    """Rewards whose needs are not known, and what is fetched before the run begins."""
+    notes = []
+    if missing := [name for name, judge in planned.judges(held_out=True).items() if judge is None]:
+        notes.append(f"rewards {', '.join(missing)} are not on this machine: what they need is not known")
+    if planned.plugins:
+        notes.append(f"rewards {', '.join(planned.plugins)} are plug-ins: what they need is not counted")
+    assets = [asset for some in fetched(planned).values() for asset in some]
+    if assets:
+        from craft_fast.rewards.shelf import shelf
+
+        need, place = sum(asset.size for asset in assets), shelf()
+        kinds = list(dict.fromkeys(spec.kind for spec in planned.settings.rewards.values() if _fetches(planned, spec)))
+        notes.append(
+            f"reward models to be fetched first: {need / 1e9:.1f} GB in {len(assets)} files, to {place}; beforehand: "
+            f"craft-fast rewards fetch {' '.join(kinds)}"
+        )
+        if not _same_disk(root, place) and need > (free := free_disk(place)):
+            notes.append(
+                f"NOT ENOUGH ROOM for them at {place}: {free / GIB:.1f} GiB free; CRAFT_FAST_REWARDS=DIR moves it"
+            )
+    return notes
 
 
-def _stages(planned: Costs, made: Amounts, states: Mapping[str, State], probed: Probe | None) -> tuple[StagePlan, ...]:
-    peaks, disk = planned.peaks(), disk_bytes(planned, made)
+def _fetches(planned: Costs, spec: RewardSettings) -> bool:
+    judges = planned.judges(held_out=True)
+    return any(
+        planned.settings.rewards[name] is spec and judge is not None and judge.fetch for name, judge in judges.items()
+    )
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return _there(one).stat().st_dev == _there(other).stat().st_dev
+
+
+def _there(path: Path) -> Path:
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def _stages(
+    planned: Costs, made: Amounts, states: Mapping[str, State], probed: Probe | None, root: Path
+) -> tuple[StagePlan, ...]:
+    from craft_fast.rewards.shelf import shelf
+
+    peaks, disk = planned.peaks(), disk_bytes(planned, made, fetch=_same_disk(root, shelf()))
     times: Mapping[str, float | None] = {} if probed is None else seconds(planned, made, probed)
     found = []
     for name, peak in peaks.items():

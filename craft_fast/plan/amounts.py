@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from craft_fast.config import Settings
 from craft_fast.errors import CraftError
+from craft_fast.plan.judges import to_fetch
 from craft_fast.plan.stages import Costs
 from craft_fast.sdxl import costs
 
 if TYPE_CHECKING:
     from craft_fast.probe import Probe
+    from craft_fast.rewards.catalog import Asset
 
 # Share of variants that pass the filter, where no run has measured it. ASSUMED: in the tiny world 43 to 55 % pass three
 # rewards (docs/lab-book.md); more rewards and real pictures agree less.
@@ -96,8 +98,20 @@ def _prompts(settings: Settings, notes: list[str]) -> tuple[int | None, int | No
 # ---- disk
 
 
-def disk_bytes(planned: Costs, made: Amounts) -> dict[str, int]:
-    """What each stage leaves on disk."""
+def fetched(planned: Costs) -> dict[str, list[Asset]]:
+    """Files of reward models that are to be fetched first, by the first stage that needs them."""
+    first, all_ = (to_fetch(planned.judges(held_out=held_out)) for held_out in (False, True))
+    return {"score": list(first.values()), "evaluate": [asset for key, asset in all_.items() if key not in first]}
+
+
+def disk_bytes(planned: Costs, made: Amounts, *, fetch: bool = True) -> dict[str, int]:
+    """What each stage leaves on disk.
+
+    Args:
+        planned: formulas of the run.
+        made: how much it makes.
+        fetch: reward models that are fetched go to the same disk.
+    """
     settings, shape = planned.settings, planned.shape
     pixels = planned.size["height_px"] * planned.size["width_px"]
     picture = int(pixels * PNG_BYTES_A_PIXEL)
@@ -113,15 +127,16 @@ def disk_bytes(planned: Costs, made: Amounts) -> dict[str, int]:
     drawn = settings.train.steps // settings.train.sample_every if settings.train.sample_every else 0
     exported = {"float32": 4, "float16": 2, "bfloat16": 2}[settings.export.dtype]
     parameters = trained // (element if full else 4)
+    models = {stage: sum(asset.size for asset in assets) if fetch else 0 for stage, assets in fetched(planned).items()}
     return {
         "expand": 0,
         "generate": made.images * (picture + latents),
-        "score": 0,
+        "score": models["score"],
         "filter": 0,
         "cache": made.texts * (shape.tokens * width + pooled) * element,
         "train": checkpoints + drawn * settings.train.sample_prompts * picture,
         "export": parameters * exported,
-        "evaluate": 2 * made.pairs * picture,
+        "evaluate": 2 * made.pairs * picture + models["evaluate"],
         "report": REPORT_BYTES,
     }
 
@@ -138,17 +153,17 @@ def seconds(planned: Costs, made: Amounts, probed: Probe) -> dict[str, float | N
     step = train.grad_accum_steps * probed.train_s + probed.update_s
     load = _load_seconds(planned)
     text = sum(one.flops for one in planned.text(1)) / probed.rate_flops
-    judged = _score_seconds(planned, probed, held_out=False)
-    judged_all = _score_seconds(planned, probed, held_out=True)
+    judged = _score_seconds(planned, made, probed, held_out=False)
+    judged_all = _score_seconds(planned, made, probed, held_out=True)
     return {
         "expand": 0.0 if settings.expand.kind in ("template", "file") else None,
         "generate": made.images * image + load["drawing"],
-        "score": None if judged is None else made.images * judged,
+        "score": judged,
         "filter": 0.0,
         "cache": made.texts * text + (0.0 if planned.resident else load["text"]),
         "train": train.steps * step + drawn * image + load["unet"],
         "export": 0.0,
-        "evaluate": None if judged_all is None else 2 * made.pairs * (image + judged_all) + load["drawing"],
+        "evaluate": None if judged_all is None else 2 * made.pairs * image + judged_all + load["drawing"],
         "report": 0.0,
     }
 
@@ -168,12 +183,21 @@ def image_seconds(planned: Costs, probed: Probe) -> float:
     return settings.num_inference_steps * step / settings.batch_size + decode + text + probed.png_s
 
 
-def _score_seconds(planned: Costs, probed: Probe, *, held_out: bool) -> float | None:
-    found = planned.rewards(held_out=held_out)
-    if any(cost is None for cost in found.values()):
+def _score_seconds(planned: Costs, made: Amounts, probed: Probe, *, held_out: bool) -> float | None:
+    """All candidates through the judges, or all pairs with ``held_out``; networks that do not stay are read each block.
+
+    Texts are encoded once for all pictures of a prompt, which is little beside the pictures.
+    """
+    found = planned.judges(held_out=held_out)
+    known = [judge for judge in found.values() if judge is not None]
+    if len(known) < len(found) or planned.plugins:
         return None
-    flops = sum(cost.flops for cost in found.values() if cost is not None)
-    return flops / planned.settings.score.batch_size / probed.rate_flops
+    images = 2 * made.pairs if held_out else made.images
+    blocks = 1
+    if not (planned.resident or held_out):
+        blocks = math.ceil(made.groups / planned.settings.filter.block_groups)
+    read = blocks * sum(judge.stored_bytes for judge in known) / LOAD_BYTES_A_SECOND
+    return read + images * sum(judge.need.image_gflop for judge in known) * 1e9 / probed.rate_flops
 
 
 def _load_seconds(planned: Costs) -> dict[str, float]:

@@ -131,6 +131,11 @@ def _smaller_scoring(planned: Costs) -> Iterator[_Step]:
         yield _Step({"score.batch_size": size}, "scoring somewhat slower")
 
 
+def _half_scoring(planned: Costs) -> Iterator[_Step]:
+    if planned.gpu and planned.score_element > 2:
+        yield _Step({"score.dtype": "auto"}, "no slower; scores differ in their last digits")
+
+
 def _smaller_micro_batches(planned: Costs) -> Iterator[_Step]:
     train = planned.settings.train
     total, size = train.micro_batch_size * train.grad_accum_steps, train.micro_batch_size
@@ -178,6 +183,7 @@ _KINDS: tuple[Callable[[Costs], Iterator[_Step]], ...] = (
     _recompute,
     _smaller_batches,
     _smaller_scoring,
+    _half_scoring,
     _smaller_micro_batches,
     _flat,
     _draw_quantised,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_fast.budget import Machine, ModelShape, model_shape
 from craft_fast.config import Settings
-from craft_fast.errors import CraftError
+from craft_fast.plan.judges import Judge, at_once, judges, package_bytes, scoring_bytes
 from craft_fast.sdxl import costs
 from craft_fast.sdxl.costs import FRAGMENTATION, TrainingMemory
-from craft_fast.sdxl.costs_parts import Cost, clip_text_cost, reward_cost, vae_cost
+from craft_fast.sdxl.costs_parts import Cost, clip_text_cost, vae_cost
 
 if TYPE_CHECKING:
     import torch
@@ -172,16 +171,25 @@ class Costs:
             self.shape.vae, **self.size, images=images, dtype_bytes=self.vae_element, tiled=tiled, gpu=self.gpu
         )
 
-    def rewards(self, *, held_out: bool) -> dict[str, Cost | None]:
-        """Reward networks by name; None where one is not on this machine, functions left out."""
-        found: dict[str, Cost | None] = {}
-        for name, spec in self.settings.rewards.items():
-            if spec.kind == "function" or (spec.held_out and not held_out):
-                continue
-            folder = _reward_folder(spec.path)
-            images = self.settings.score.batch_size
-            found[name] = None if folder is None else reward_cost(folder, images=images, **self.size)
-        return found
+    @property
+    def score_element(self) -> int:
+        """Bytes of a value in the reward networks: half precision on a GPU unless ``score.dtype`` says otherwise."""
+        chosen = self.settings.score.dtype
+        return 4 if chosen == "float32" or (chosen == "auto" and not self.gpu) else 2
+
+    @cached_property
+    def _all_judges(self) -> tuple[dict[str, Judge | None], list[str]]:
+        return judges(self.settings.rewards, held_out=True, element=self.score_element)
+
+    def judges(self, *, held_out: bool) -> dict[str, Judge | None]:
+        """Reward networks by name; None where one's size is not known, functions and plug-ins left out."""
+        found = self._all_judges[0]
+        return {name: one for name, one in found.items() if held_out or not self.settings.rewards[name].held_out}
+
+    @property
+    def plugins(self) -> list[str]:
+        """Rewards that are plug-ins, of which nothing is known before they run."""
+        return self._all_judges[1]
 
     # ---- training
 
@@ -294,8 +302,8 @@ class Costs:
         return self._drawing()
 
     def _score(self, *, held_out: bool) -> Peak | None:
-        found = self.rewards(held_out=held_out)
-        known = {name: cost for name, cost in found.items() if cost is not None}
+        found = self.judges(held_out=held_out)
+        known = {name: judge for name, judge in found.items() if judge is not None}
         if len(known) < len(found):
             return None
         beside = 0
@@ -303,9 +311,33 @@ class Costs:
             beside = self.text_weights() + self.unet_weights() + self.decode(tiled=True).weight_bytes
         if not known:
             return self._peak(beside, "functions alone")
-        largest = max(known, key=lambda name: known[name].peak_bytes)
-        total = sum(cost.weight_bytes for cost in known.values()) if not self.gpu else known[largest].weight_bytes
-        return self._peak(beside + total + known[largest].activation_bytes, f"reward {largest}")
+        stay, peaks = self._scoring(known, beside)
+        largest = max(peaks, key=lambda name: peaks[name])
+        what = f"reward {largest}" + (" by its package" if known[largest].package else "")
+        return self._peak(beside + peaks[largest], what + (", all rewards stay" if stay and len(known) > 1 else ""))
+
+    def _scoring(self, known: Mapping[str, Judge], beside: int) -> tuple[bool, dict[str, int]]:
+        """Whether all reward networks stay, and the peak with each at work; ``workbench`` does by these rules."""
+        images = self.settings.score.batch_size
+        room = self.budget - beside
+        if self.gpu:
+            room = int(self.budget / (1 + FRAGMENTATION)) - costs.CUBLAS_BYTES - beside
+        native = {name: judge.need for name, judge in known.items() if not judge.package}
+        weights = sum(need.weight_bytes for need in native.values())
+        most = max((need.image_bytes for need in native.values()), default=0) * images
+        # On a CPU they rest where they work; a GPU's are there all together where they have room.
+        stay = self.resident and (not self.gpu or weights + most <= room)
+        peaks = {}
+        for name, judge in known.items():
+            if judge.package:
+                peaks[name] = package_bytes(judge)
+                continue
+            others = weights - judge.need.weight_bytes if stay else 0
+            peaks[name] = others + scoring_bytes(
+                judge.need, images=images, images_at_once=at_once(judge.need, images, max(0, room - others)),
+                **self.size, side_px=judge.side_px, pads=judge.pads, gpu=self.gpu,
+            )  # fmt: skip
+        return stay, peaks
 
     def _cache(self) -> Peak:
         text = self.text(1)
@@ -342,12 +374,3 @@ class Costs:
         if scoring is None:
             return None
         return max(drawing, scoring, key=lambda peak: peak.allocated)
-
-
-def _reward_folder(path: str) -> Path | None:
-    from craft_fast.rewards.loaders import reward_folder
-
-    try:
-        return reward_folder(path, offline=True)
-    except CraftError:
-        return None

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from craft_fast.config import Section, Settings
+from craft_fast.asking import who_is_asked
+from craft_fast.config import OFFICIAL_REWARDS, REWARD_FAMILIES, RewardSettings, Section, Settings
 from craft_fast.errors import CraftError
 from craft_fast.pipeline import CONFIG_NAME, STAGES, status
 from craft_fast.pipeline_keys import InputKeys, output_keys
@@ -79,10 +80,10 @@ def settings_by_stage(settings: Settings) -> dict[str, str]:
         settings.seed, files, plain(settings.prompts, *keys._PROMPT_FILES), plain(settings.expand, *keys._TRANSPORT)
     )
     generate = digest(expand, model, settings.seed, plain(settings.generate, *keys._BUDGET))
-    own = {name: digest(spec.kind, spec.path) for name, spec in settings.rewards.items()}
+    own = {name: digest(*_of_reward(spec, settings.score.dtype)) for name, spec in settings.rewards.items()}
     judges = {name: own[name] for name, spec in settings.rewards.items() if not spec.held_out}
     score = digest(generate, judges, settings.score.prompt)
-    weights = {name: settings.rewards[name].weight for name in judges}
+    weights = dict(who_is_asked(settings.rewards, settings.filter, settings.train, settings.score).weights)
     budget = [settings.generate.max_images, settings.generate.max_minutes]
     chosen = digest(score, weights, budget, plain(settings.filter))
     inputs = InputKeys(expand, generate, score, chosen, digest("text", model), model, judges, own)
@@ -90,6 +91,15 @@ def settings_by_stage(settings: Settings) -> dict[str, str]:
         **{name: getattr(inputs, name) for name in ("expand", "generate", "score", "filter")},
         **vars(output_keys(settings, inputs, selection="")),
     }
+
+
+def _of_reward(spec: RewardSettings, dtype: str) -> list[Any]:
+    """What of its settings a reward's scores depend on; only networks have a dtype."""
+    if spec.kind == "function":
+        return [spec.kind, spec.path]
+    if spec.kind in (*OFFICIAL_REWARDS, *REWARD_FAMILIES):
+        return [spec.kind, spec.path, spec.backend, dtype]
+    return [spec.kind, spec.options]
 
 
 def _saved(root: Path) -> Settings | None:

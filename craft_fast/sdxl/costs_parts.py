@@ -1,4 +1,4 @@
-"""What everything but the UNet costs: text encoders, VAE, reward towers. Bytes; a multiply-add counts as two.
+"""What everything but the UNet costs: text encoders and VAE. Bytes; a multiply-add counts as two.
 
 The VAE is followed op by op on a ``Ledger`` as the UNet is. Towers of plain layers are closed formulas of their
 widths, which are right to some tens of percent: their activations are small beside their weights.
@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from craft_fast.sdxl.costs_ledger import Ledger, Shadow
@@ -213,7 +212,7 @@ def vae_cost(
     return Cost(weights, peak, flops)
 
 
-# ---- text encoders and rewards
+# ---- text encoders
 
 
 def clip_text_cost(config: Mapping[str, Any], *, prompts: int, dtype_bytes: int = 2, projected: bool = False) -> Cost:
@@ -235,31 +234,3 @@ def clip_text_cost(config: Mapping[str, Any], *, prompts: int, dtype_bytes: int 
     activations = rows * (d * (depth + 1 + 5) + 2 * inner) * dtype_bytes
     flops = rows * depth * (2.0 * (4 * d * d + 2 * d * inner) + 4.0 * tokens * d)
     return Cost(count * dtype_bytes, activations, flops)
-
-
-def reward_cost(folder: Path, *, images: int, height_px: int, width_px: int) -> Cost | None:
-    """A reward network from its folder: weights from the headers, the tower from its config; None if it is not there.
-
-    Args:
-        folder: config.json and safetensors.
-        images: scored together.
-        height_px: of the images.
-        width_px: of the images.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return None
-    stored = sum(max(0, file.stat().st_size - 8) for file in files)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    vision = config.get("vision_config") or config.get("vision") or config
-    d = int(vision.get("hidden_size", 1024))
-    inner, depth = int(vision.get("intermediate_size", 4 * d)), int(vision.get("num_hidden_layers", 24))
-    size, patch = int(vision.get("image_size", 224)), int(vision.get("patch_size", 14))
-    tokens = (size // patch) ** 2 + 1
-    rows = images * tokens
-    activations = rows * (6 * d + 2 * inner) * 4 + 2 * images * 3 * (height_px * width_px + size * size) * 4
-    flops = rows * depth * (2.0 * (4 * d * d + 2 * d * inner) + 4.0 * tokens * d)
-    return Cost(stored, activations, flops)

@@ -25,6 +25,8 @@ CPU = ("--set", "model.device=cpu")
 @pytest.fixture(autouse=True)
 def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CRAFT_FAST_REWARDS", str(tmp_path / "shelf"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # --offline changes these two in this process
     monkeypatch.setenv("TRANSFORMERS_OFFLINE", "0")
@@ -233,15 +235,33 @@ def test_each_line_comes_when_it_is_known(tmp_path: Path, craft_start: Callable[
     assert times[-1] - times[0] > 0.3  # torch is imported after the first lines
 
 
+JUDGES = ("reward h", "reward p", "reward a", "reward image_reward")
+
+
 @pytest.mark.parametrize("preset", ["sdxl-6gb", "sdxl-paper"])
-def test_a_full_size_preset_is_looked_at_without_its_weights(preset: str, tmp_path: Path) -> None:
-    """SDXL's own page is on the hub, so it is a warning; rewards that must be converted first are failures."""
+def test_a_full_size_preset_is_looked_at_without_its_weights(preset: str) -> None:
+    """All of it is fetched by a run, so nothing fails; each warning has its own command."""
     code, _, checks = checked("--preset", preset)
-    assert code == 4
-    assert [name for name in checks if checks[name]["result"] == "fail"] == [
-        "reward h",
-        "reward a",
-        "reward image_reward",
-    ]
-    assert checks["model"]["result"] == checks["reward p"]["result"] == "warn"
+    assert code == 0
+    assert {checks[name]["result"] for name in ("model", *JUDGES)} == {"warn"}
     assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in checks["model"]["fix"]
+    assert checks["reward h"]["fix"] == "craft-fast rewards fetch hpsv2.1"
+    assert "3 files, 1.8 GiB, not on this machine" in checks["reward h"]["found"]
+    assert "8.8 GiB are to be fetched" in checks["reward shelf"]["found"]
+
+
+def test_offline_each_missing_file_of_a_judge_has_its_place(tmp_path: Path) -> None:
+    code, _, checks = checked("--preset", "sdxl", "--offline")
+    assert (code, {checks[name]["result"] for name in JUDGES}) == (4, {"fail"})
+    told = checks["reward h"]["found"]
+    for file in ("xswu--HPSv2/HPS_v2.1_compressed.pt", "openai--clip-vit-large-patch14/merges.txt"):
+        assert str(tmp_path / "shelf" / file) in told
+    assert "huggingface.co/xswu/HPSv2" in told
+    assert "reward shelf" not in checks
+
+
+def test_a_judge_whose_package_is_not_installed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRAFT_FAST_PACKAGES", str(tmp_path / "packages"))
+    code, _, checks = checked("--preset", "sdxl", "--set", "rewards.h.backend=package")
+    assert (code, checks["reward h"]["result"]) == (4, "fail")
+    assert checks["reward h"]["fix"] == "craft-fast rewards install hpsv2"

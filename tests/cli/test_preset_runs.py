@@ -24,10 +24,10 @@ expand:
   templates: ["{prompt}, sharp", "{prompt}, vivid", "{prompt}, clean"]
 generate: {height_px: 64, width_px: 64, num_inference_steps: 2, max_images: 12, batch_size: 6}
 rewards:
-  h: {path: "package:craft_fast.tiny/assets/rewards/h"}
-  p: {path: "package:craft_fast.tiny/assets/rewards/p"}
-  a: {path: "package:craft_fast.tiny/assets/rewards/a"}
-  image_reward: {path: "package:craft_fast.tiny/assets/rewards/image_reward"}
+  h: {kind: clip, path: "package:craft_fast.tiny/assets/rewards/h"}
+  p: {kind: clip, path: "package:craft_fast.tiny/assets/rewards/p"}
+  a: {kind: aesthetic, path: "package:craft_fast.tiny/assets/rewards/a"}
+  image_reward: {kind: image_reward, path: "package:craft_fast.tiny/assets/rewards/image_reward"}
 filter: {rewards: [a], target_samples: 4, block_groups: 4}
 train: {TRAIN, rank: 2, steps: 2, grad_accum_steps: 2, warmup_steps: 0, sample_every: 0}
 evaluate: {prompts: 2, bootstrap_samples: 100}

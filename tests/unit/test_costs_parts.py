@@ -1,16 +1,14 @@
-"""Text encoders, VAE and rewards: counts that are exact, bytes alive on the meta device."""
+"""Text encoders and VAE: counts that are exact, bytes alive on the meta device."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from craft_fast.sdxl import published
-from craft_fast.sdxl.costs_parts import clip_text_cost, reward_cost, vae_cost, vae_parameters
-from craft_fast.store.run import resolve_uri
+from craft_fast.sdxl.costs_parts import clip_text_cost, vae_cost, vae_parameters
 from craft_fast.tiny.architecture import build_vae, parameter_count
 from tests.unit.live_bytes import LiveBytes, flash_attention
 
@@ -51,15 +49,3 @@ def test_text_encoders() -> None:
             network(tokens, output_hidden_states=True)
         found = clip_text_cost(config, prompts=8)
         assert found.activation_bytes == pytest.approx(live.peak, rel=0.1)
-
-
-def test_a_reward_is_as_large_as_its_file() -> None:
-    folder = resolve_uri("package:craft_fast.tiny/assets/rewards/h")
-    assert isinstance(folder, Path)
-    found = reward_cost(folder, images=8, height_px=64, width_px=64)
-    assert found is not None
-    assert found.weight_bytes == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.01)
-    twice = reward_cost(folder, images=16, height_px=64, width_px=64)
-    assert twice is not None
-    assert twice.activation_bytes == 2 * found.activation_bytes
-    assert reward_cost(folder / "nothing", images=8, height_px=64, width_px=64) is None

@@ -6,10 +6,12 @@ edge where the operating system answers; ``tests/cli/test_doctor.py`` runs all o
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +19,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from craft_fast.config import RewardSettings
 from craft_fast.doctor import examine, gpu, machine, weights
 from craft_fast.doctor.found import GIB, Found, Patient
+from craft_fast.errors import EnvironmentProblem, IntegrityError
 from craft_fast.settings_io import load_settings
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -302,3 +306,95 @@ def test_room_for_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "HF_HUB_CACHE" in fix_text(weights.hub_cache(here))
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=19 * GIB))
     assert "about 10 GiB are to be fetched" in found_text(weights.hub_cache(here))
+
+
+# ---- published reward models
+
+
+@pytest.fixture
+def shelved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Path]]:
+    """``shelved(name)`` puts files of the right names and sizes onto a shelf, and holds the catalog to their sha256."""
+    from craft_fast.rewards import catalog, shelf
+
+    monkeypatch.setenv("CRAFT_FAST_REWARDS", str(tmp_path / "shelf"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(name: str) -> dict[str, Path]:
+        paths, assets = {}, []
+        for asset in catalog.OFFICIALS[name].assets:
+            path = shelf.place(asset)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(asset.file.encode())
+            paths[asset.name] = path
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assets.append(replace(asset, size=path.stat().st_size, sha256=digest, also=()))
+        monkeypatch.setitem(catalog.OFFICIALS, name, replace(catalog.OFFICIALS[name], assets=tuple(assets)))
+        return paths
+
+    return put
+
+
+def h_of(here: Patient) -> Found:
+    return weights.reward(here, name="h", spec=here.settings.rewards["h"])
+
+
+def test_a_published_judge_on_the_shelf(shelved: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
+    paths = shelved("hpsv2.1")
+    here = patient(tmp_path, preset="sdxl")
+    found = h_of(here)
+    assert (found.result, found.fix) == ("ok", "")
+    assert found.found.startswith("Human Preference Score v2.1, ")
+    assert str(paths["HPS_v2.1_compressed.pt"].parent) in found.found
+    assert here.to_shelve == {}
+    assert weights.reward_shelf(here) is None
+
+
+@pytest.mark.parametrize("name", ["HPS_v2.1_compressed.pt", "vocab.json"])
+def test_another_file_in_a_published_ones_place(
+    name: str, shelved: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    path = shelved("hpsv2.1")[name]
+    path.write_bytes(path.read_bytes()[::-1])  # as large, and no pointer or page
+    with pytest.raises(IntegrityError, match="not the published one") as caught:
+        h_of(patient(tmp_path, preset="sdxl"))
+    assert caught.value.where == str(path)
+    assert "craft-fast rewards fetch hpsv2.1" in caught.value.hint
+
+
+def test_a_pointer_in_a_published_files_place(shelved: Callable[[str], dict[str, Path]], tmp_path: Path) -> None:
+    path = shelved("hpsv2.1")["HPS_v2.1_compressed.pt"]
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(IntegrityError) as caught:
+        h_of(patient(tmp_path, preset="sdxl"))
+    assert "Git LFS" in caught.value.why
+
+
+def test_what_is_missing_of_a_judge_is_counted_once(
+    shelved: Callable[[str], dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelved("hpsv2.1")["merges.txt"].unlink()
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    here = patient(tmp_path, preset="sdxl")
+    for _ in range(2):
+        assert fix_text(h_of(here)) == "craft-fast rewards fetch hpsv2.1"
+    assert len(here.to_shelve) == 1
+    here.to_shelve = {"x": 5 * GIB}
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * GIB))
+    assert "CRAFT_FAST_REWARDS" in fix_text(weights.reward_shelf(here))
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=6 * GIB))
+    assert "5.0 GiB are to be fetched" in found_text(weights.reward_shelf(here))
+
+
+def test_a_plugins_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RewardSettings(kind="sharpness", held_out=True)
+    with pytest.raises(EnvironmentProblem, match="not installed"):
+        weights.reward(patient(tmp_path), name="own", spec=spec)
+    info = tmp_path / "sharp_reward-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sharp-reward\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[craft_fast.rewards]\nsharpness = sharp_reward:Sharpness\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = weights.reward(patient(tmp_path), name="own", spec=spec)
+    assert (found.result, found.found) == ("ok", "sharp-reward 1.2, sharp_reward:Sharpness")

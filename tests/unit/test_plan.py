@@ -261,6 +261,8 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("filter.target_samples", 5, "filter"),
     ("score.prompt", "expanded", "score"),
     ("score.batch_size", 3, "report"),
+    ("score.dtype", "bfloat16", "score"),
+    ("score.lazy", False, "report"),
     ("generate.max_images", 9, "filter"),
     ("expand.timeout_s", 9.0, "report"),
     ("expand.variants", 2, "expand"),
@@ -363,12 +365,3 @@ def test_a_plan_that_does_not_fit_names_the_command_that_would(tmp_path: Path) -
 def test_a_cap_above_the_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="larger than the GPU"):
         planned(tmp_path, 8, **{"engine.vram_gib": 10.0})
-
-
-def test_rewards_that_are_not_here_are_named_unknown(tmp_path: Path) -> None:
-    settings = with_changes(load_settings("sdxl"), {"train.method": "qlora", "engine.resident": "never"})
-    found = plan(tmp_path / "run", settings, machine=card(24))
-    rows = {stage.name: stage for stage in found.stages}
-    assert rows["score"].peak_gib is None
-    assert rows["score"].fits
-    assert any("not on this machine" in note and "image_reward" in note for note in found.notes)

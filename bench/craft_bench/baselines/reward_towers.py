@@ -61,8 +61,7 @@ class RewardTowers:
         firsts = []
         for tower, side in zip(self.towers, self.sides, strict=True):
             small = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
-            with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):
-                firsts.append(tower(pixel_values=small).image_embeds[:, 0].float())
+            firsts.append(tower(pixel_values=small.to(tower.dtype)).image_embeds[:, 0].float())
         return torch.stack(firsts, dim=1)
 
 
@@ -71,7 +70,7 @@ def _tower(config: dict[str, int], device: torch.device, seed: int) -> Any:
 
     with torch.device("meta"):
         tower = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
-    materialize(tower, device, torch.float32)
+    materialize(tower, device, torch.float16 if device.type == "cuda" else torch.float32)
     draw = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in tower.named_parameters():

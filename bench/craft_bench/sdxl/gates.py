@@ -13,6 +13,7 @@ from craft_bench.rows import Row
 from craft_bench.sdxl.cases import OURS
 
 Found = Iterable[tuple[float, str]]
+Metric = Callable[[Sequence[Row]], Found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +107,18 @@ GATES: tuple[Gate, ...] = (
 )  # fmt: skip
 
 
-def judge(rows: Sequence[Row]) -> list[Reached]:
-    """What a run's rows say of all figures."""
-    return [_judge(gate, [row for row in rows if gate.counts(row)]) for gate in GATES]
+def judge(
+    rows: Sequence[Row], gates: Sequence[Gate] | None = None, metrics: Mapping[str, Metric] | None = None
+) -> list[Reached]:
+    """What a run's rows say of all figures: of this module's, unless others and their metrics are given."""
+    known = METRICS if metrics is None else metrics
+    return [
+        _judge(gate, [row for row in rows if gate.counts(row)], known) for gate in (GATES if gates is None else gates)
+    ]
 
 
-def _judge(gate: Gate, rows: Sequence[Row]) -> Reached:
-    found = list(METRICS[gate.metric](rows))
+def _judge(gate: Gate, rows: Sequence[Row], metrics: Mapping[str, Metric]) -> Reached:
+    found = list(metrics[gate.metric](rows))
     missed = tuple(where for value, where in found if not gate.keeps(value))
     if not found:
         return Reached(gate, None, "", (), 0)
@@ -124,7 +130,9 @@ def _is(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
 
 
-def _field(name: str, *inside: str) -> Callable[[Sequence[Row]], Found]:
+def field_of(name: str, *inside: str) -> Metric:
+    """A metric that is a field of the rows, or one inside of it."""
+
     def read(rows: Sequence[Row]) -> Found:
         for row in rows:
             value = row.get(name)
@@ -136,7 +144,7 @@ def _field(name: str, *inside: str) -> Callable[[Sequence[Row]], Found]:
     return read
 
 
-def _size(metric: Callable[[Sequence[Row]], Found]) -> Callable[[Sequence[Row]], Found]:
+def _size(metric: Metric) -> Metric:
     return lambda rows: ((abs(value), where) for value, where in metric(rows))
 
 
@@ -152,13 +160,13 @@ def _nf4_over_bf16(rows: Sequence[Row]) -> Found:
             yield row["p50_ms"] / bf16[settings(row)], str(row["case"])
 
 
-METRICS: dict[str, Callable[[Sequence[Row]], Found]] = {
-    "peak_gib": _field("peak_gib"),
+METRICS: dict[str, Metric] = {
+    "peak_gib": field_of("peak_gib"),
     "nf4_over_bf16": _nf4_over_bf16,
-    "versus_reference": _field("versus", "reference"),
-    "mfu": _field("mfu"),
-    "s_per_image": _field("s_per_image"),
-    "plan_memory_error": _size(_field("planned", "memory_error")),
-    "plan_time_error": _size(_field("planned", "time_error")),
-    "seconds": _field("seconds"),
+    "versus_reference": field_of("versus", "reference"),
+    "mfu": field_of("mfu"),
+    "s_per_image": field_of("s_per_image"),
+    "plan_memory_error": _size(field_of("planned", "memory_error")),
+    "plan_time_error": _size(field_of("planned", "time_error")),
+    "seconds": field_of("seconds"),
 }

@@ -115,7 +115,7 @@ def run(options: Options, *, progress: Progress, should_stop: Callable[[], bool]
         report.gates = judge(report.rows)
         for reached in report.gates:
             if reached.measured is not None:
-                file.append(_gate_row(reached, known))
+                file.append(gate_row(reached, known, SUITE))
     return report
 
 
@@ -264,10 +264,10 @@ def _rate_again(report: Report, work: Work) -> None:
         )
 
 
-def _gate_row(reached: Reached, known: Row) -> dict[str, Any]:
+def gate_row(reached: Reached, known: Row, suite: str) -> dict[str, Any]:
     """A figure as a row: what was asked, what was measured, at the worst of its cases."""
     gate = reached.gate
-    return rows.blank_row(suite=SUITE, name="figure", case=reached.where, **known) | {
+    return rows.blank_row(suite=suite, name="figure", case=reached.where, **known) | {
         "figure": gate.text,
         "metric": gate.metric,
         "sense": gate.sense,

@@ -27,18 +27,18 @@ def step_table(rows: Sequence[Row]) -> list[list[str]]:
             lines.append([label, "failed", *[NOTHING] * (len(lines[0]) - 2)])
             continue
         planned = row.get("planned") or {}
-        told = f"{_number(planned.get('memory_gib'))} GiB {_number(planned.get('step_ms'))} ms"
+        told = f"{number(planned.get('memory_gib'))} GiB {number(planned.get('step_ms'))} ms"
         versus = (row["versus"] or {}).get("reference")
         lines.append(
             [
                 label,
-                *(_number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "peak_gib")),
-                _number(row.get("peak_reserved_gib")),
+                *(number(row[key]) for key in ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "peak_gib")),
+                number(row.get("peak_reserved_gib")),
                 told if planned else NOTHING,
-                _share(row.get("mfu")),
-                _share(row.get("hfu")),
+                share(row.get("mfu")),
+                share(row.get("hfu")),
                 NOTHING if versus is None else f"{versus:.2f}x",
-                _share(row.get("loss_difference"), 3),
+                share(row.get("loss_difference"), 3),
             ]
         )
     return lines if len(lines) > 1 else []
@@ -49,9 +49,9 @@ def image_table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["images", "s/image", "denoising", "decoding", "GiB", "reserved", "MFU"]]
     for row in rows:
         if row["name"] == "generate":
-            cells = [_number(row.get(key)) for key in ("s_per_image", "denoise_s", "decode_s", "peak_gib")]
+            cells = [number(row.get(key)) for key in ("s_per_image", "denoise_s", "decode_s", "peak_gib")]
             failed = ["failed"] + [NOTHING] * 5
-            done = [*cells, _number(row.get("peak_reserved_gib")), _share(row.get("mfu"))]
+            done = [*cells, number(row.get("peak_reserved_gib")), share(row.get("mfu"))]
             lines.append([row["case"], *(failed if row["failed"] else done)])
     return lines if len(lines) > 1 else []
 
@@ -61,7 +61,7 @@ def stage_table(rows: Sequence[Row]) -> list[list[str]]:
     lines = [["whole run", "s", "how", "from"]]
     for row in rows:
         if row["name"] == "stage":
-            done = [_number(row.get("seconds")), row.get("how") or NOTHING, row.get("basis") or NOTHING]
+            done = [number(row.get("seconds")), row.get("how") or NOTHING, row.get("basis") or NOTHING]
             lines.append([row["case"], *([NOTHING, "failed", NOTHING] if row["failed"] else done)])
     return lines if len(lines) > 1 else []
 
@@ -108,9 +108,11 @@ def _unit(value: float, unit: str) -> str:
     return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f} {unit}"
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """Four digits, or nothing."""
     return NOTHING if value is None else f"{value:#.4g}".rstrip(".")
 
 
-def _share(value: Any, digits: int = 1) -> str:
+def share(value: Any, digits: int = 1) -> str:
+    """A share in percent, or nothing."""
     return NOTHING if value is None else f"{100 * value:.{digits}f} %"

@@ -16,6 +16,9 @@ from craft_fast.errors import Interrupted, QualityGateError
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from craft_bench.sdxl.gates import Reached
     from craft_bench.sdxl.run import Report
 
 SIZES = ("auto", "full", "tiny")
@@ -123,20 +126,25 @@ def report_data(report: Report) -> dict[str, Any]:
         "file": str(report.path),
         "size": report.size,
         "rows": report.rows,
-        "figures": [
-            {
-                "figure": reached.gate.text,
-                "sense": reached.gate.sense,
-                "asked": reached.gate.bound,
-                "measured": reached.measured,
-                "met": reached.met,
-                "where": reached.where,
-                "cases": reached.cases,
-            }
-            for reached in report.gates
-        ],
+        "figures": figures(report.gates),
         "matmul_tflops": report.matmul_tflops,
         "missing": report.missing,
         "wrong": report.wrong,
         "notes": report.notes,
     }
+
+
+def figures(gates: Sequence[Reached]) -> list[dict[str, Any]]:
+    """What was asked and what was measured, for a script."""
+    return [
+        {
+            "figure": reached.gate.text,
+            "sense": reached.gate.sense,
+            "asked": reached.gate.bound,
+            "measured": reached.measured,
+            "met": reached.met,
+            "where": reached.where,
+            "cases": reached.cases,
+        }
+        for reached in gates
+    ]
