@@ -107,7 +107,7 @@ def run_pipeline(
     bench = Workbench(settings)
     with open_run(Path(root), create=only in (None, "expand", "generate")) as run:
         _save_settings(run, saved)
-        keys = input_keys(settings, expander_cache(run))
+        keys = input_keys(settings, expander_cache(run), progress)
         work = Work(run, settings, keys, bench, progress, should_stop)
         try:
             _run_stages(work, until, only)

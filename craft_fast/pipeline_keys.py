@@ -12,6 +12,7 @@ from typing import Any
 
 from craft_fast.asking import who_is_asked
 from craft_fast.config import Section, Settings
+from craft_fast.progress import Progress
 from craft_fast.store.digest import digest_json, sha256_file
 from craft_fast.store.run import Run, resolve_uri
 
@@ -74,12 +75,13 @@ def expander_cache(run: Run) -> Path:
     return run.path("expansions")
 
 
-def input_keys(settings: Settings, cache_dir: Path) -> InputKeys:
+def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = None) -> InputKeys:
     """Compute the keys up to the filter.
 
     Args:
         settings: of the run.
         cache_dir: of the expander, inside the run's folder.
+        progress: told of rewards' files that are fetched: their digests are part of the keys.
 
     Raises:
         CraftError: a file or a model that the settings name is not there.
@@ -96,7 +98,7 @@ def input_keys(settings: Settings, cache_dir: Path) -> InputKeys:
     model = digest_json([digest, *told])
     generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET))
     own = {
-        name: reward_key(name, spec, offline=settings.model.offline, dtype=settings.score.dtype)
+        name: reward_key(name, spec, offline=settings.model.offline, dtype=settings.score.dtype, progress=progress)
         for name, spec in settings.rewards.items()
     }
     rewards = {

@@ -281,7 +281,7 @@ class Stages:
             work.bench.model(),
             self._result_path(),
             [group.prompt for group in work.run.manifest.groups(work.keys.expand, "heldout")],
-            work.bench.rewards(held_out=True),
+            work.bench.rewards(held_out=True, progress=work.progress),
             settings=settings.evaluate,
             generate_settings=settings.generate,
             seed=settings.seed,

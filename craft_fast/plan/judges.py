@@ -75,7 +75,7 @@ def _judge(spec: RewardSettings, element: int) -> Judge | None:
 
     try:
         return _published(spec, element) if is_published(spec) else _family(spec, element)
-    except CraftError:
+    except CraftError:  # what is wrong with a reward's files, doctor says
         return None
 
 

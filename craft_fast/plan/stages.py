@@ -319,14 +319,15 @@ class Costs:
     def _scoring(self, known: Mapping[str, Judge], beside: int) -> tuple[bool, dict[str, int]]:
         """Whether all reward networks stay, and the peak with each at work; ``workbench`` does by these rules."""
         images = self.settings.score.batch_size
-        room = self.budget - beside
+        room, beside_drawing = self.budget - beside, 0
         if self.gpu:
-            room = int(self.budget / (1 + FRAGMENTATION)) - costs.CUBLAS_BYTES - beside
+            budget = int(self.budget / (1 + FRAGMENTATION))
+            room, beside_drawing = budget - costs.CUBLAS_BYTES - beside, budget - self.drawing_peak().allocated
         native = {name: judge.need for name, judge in known.items() if not judge.package}
         weights = sum(need.weight_bytes for need in native.values())
         most = max((need.image_bytes for need in native.values()), default=0) * images
-        # On a CPU they rest where they work; a GPU's are there all together where they have room.
-        stay = self.resident and (not self.gpu or weights + most <= room)
+        # On a CPU they rest where they work; on a GPU all are there together where they have room, also while it draws.
+        stay = self.resident and (not self.gpu or (weights + most <= room and weights <= beside_drawing))
         peaks = {}
         for name, judge in known.items():
             if judge.package:
