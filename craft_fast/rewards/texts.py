@@ -64,8 +64,8 @@ class Texts:
 
     Where the spec's text is open_clip and the vocabulary is CLIP's kind, tokens are open_clip's: special tokens written
     in a prompt stay text, but for open_clip's own ``<start_of_text>`` and ``<end_of_text>``. Where it is plain, they
-    are those of transformers' call; there CLIP's special tokens stay text too. BERT's do not, and characters that do not
-    show are left out, as by image-reward.
+    are those of transformers' call, and CLIP's special tokens stay text too; BERT's do not, and characters that do
+    not show are left out, as by image-reward.
 
     Args:
         tokenizer: of transformers.

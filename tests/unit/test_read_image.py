@@ -81,7 +81,7 @@ def test_palettes_with_and_without_transparency(tmp_path: Path) -> None:
     index = noise(40, 50, 1)[:, :, 0] % 7
     colours = noise(1, 7, 3)[0]
     for transparency in (None, 3, bytes([0, 50, 255, 20, 0, 9, 1])):
-        picture = Image.fromarray(index, "L").convert("P")
+        picture = Image.fromarray(index).convert("P")
         picture.putdata(index.ravel().tolist())
         picture.putpalette(colours.ravel().tolist())
         more = {} if transparency is None else {"transparency": transparency}
@@ -114,7 +114,10 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 
 
 def test_cmyk_and_grey_jpegs_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
-    for picture in (Image.fromarray(noise(40, 50, 4), "CMYK"), Image.fromarray(noise(40, 50, 1)[:, :, 0])):
+    for picture in (
+        Image.frombytes("CMYK", (50, 40), noise(40, 50, 4).tobytes()),
+        Image.fromarray(noise(40, 50, 1)[:, :, 0]),
+    ):
         path = saved(tmp_path / "a.jpg", picture, "JPEG", quality=95)
         with Image.open(path) as stored:
             agree(path, np.asarray(stored.convert("RGB")))
