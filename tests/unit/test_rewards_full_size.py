@@ -16,10 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIMIT_GIB = 16
 _FILE_GIB = 4.2  # MPS, the largest
-FULL = [pytest.param("hpsv2.1", marks=pytest.mark.slow)] + [
-    pytest.param(name, marks=pytest.mark.parity)
-    for name in ("pickscore", "aesthetic-v2", "image-reward", "mps", "clipscore-l14")
-]
+# Files of 2 to 4 GiB each are written: not in every run of the tests.
+pytestmark = pytest.mark.parity
+FULL = ("hpsv2.1", "pickscore", "aesthetic-v2", "image-reward", "mps", "clipscore-l14")
 
 
 @pytest.fixture
