@@ -172,13 +172,13 @@ def shaping_bytes(images: int, *, height_px: int, width_px: int, side_px: int, p
         height_px: of a picture.
         width_px: of a picture.
         side_px: S.
-        pads: as floats: a picture's bytes, and twice its floats; else bytes, and integers of the first pass.
+        pads: as floats: a picture's bytes and its floats; else bytes, and integers of the first pass.
     """
     picture = 3 * height_px * width_px
     some = min(images, max(1, _SHAPING_BYTES // (4 * picture)))
     kept = images * 3 * side_px**2 * (4 if pads else 1)
     if pads:
-        return kept + some * (1 + 8) * picture
+        return kept + some * (1 + 4) * picture
     if (height_px, width_px) == (side_px, side_px):
         return kept + some * picture
     each = 3 * max(height_px, side_px) * side_px * 12

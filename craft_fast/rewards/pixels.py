@@ -191,13 +191,25 @@ def _pad(images: Tensor, form: PixelForm) -> Tensor:
     height, width = images.shape[2:]
     if images.device.type != "cpu" and max(height, width) > _SHRINK_LIMIT * size:
         return _pad(images.cpu(), form).to(images.device)
-    pixels = images.contiguous().to(torch.float32) / 255
+    pixels = images.contiguous().to(torch.float32).div_(255)
     scale = size / float(max(height, width))
     if scale != 1.0:
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
         pixels = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=form.antialias)
     top, left = (size - height) // 2, (size - width) // 2
     return F.pad(pixels, (left, size - width - left, top, size - height - top))
+
+
+def _moved(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Pictures of one size as one tensor [B, 3, H, W] on the device.
+
+    64 pictures of 1024 px are 201 MB: from pages that may be swapped they go to a GPU at about half the speed.
+    """
+    if device.type != "cuda" or images[0].device.type != "cpu":
+        return torch.stack(list(images)).to(device)
+    # PyTorch keeps such memory for the next time, and does not give it away before the copy has ended.
+    staged = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype, pin_memory=True)
+    return torch.stack(list(images), out=staged).to(device, non_blocking=True)
 
 
 class Pictures:
@@ -284,7 +296,7 @@ class Pictures:
             step = max(1, _WORKING_BYTES // (4 * size.numel()))
             for start in range(0, len(members), step):
                 part = members[start : start + step]
-                found[part] = shape(torch.stack([images[index] for index in part]).to(device), form)
+                found[part] = shape(_moved([images[index] for index in part], device), form)
         return found
 
     def drop_images(self) -> None:
