@@ -15,8 +15,8 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }.items():
     os.environ.setdefault(_name, _value)
-# What a developer has set for own runs must not decide what the tests see.
-for _name in [name for name in os.environ if name.startswith("CRAFT_")]:
+# What a developer has set for own runs must not decide what the tests see; CRAFT_PARITY_* is for the tests.
+for _name in [name for name in os.environ if name.startswith("CRAFT_") and not name.startswith("CRAFT_PARITY_")]:
     del os.environ[_name]
 
 from craft_fast.quiet import quiet_third_party  # noqa: E402  (the environment comes first)

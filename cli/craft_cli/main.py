@@ -11,6 +11,7 @@ import typer
 from craft_cli import options as opt
 from craft_cli.commands import (
     bench,
+    bench_rewards,
     bench_sdxl,
     cache,
     doctor,
@@ -21,6 +22,11 @@ from craft_cli.commands import (
     init,
     plan,
     report,
+    rewards_fetch,
+    rewards_install,
+    rewards_list,
+    rewards_score,
+    rewards_verify,
     run,
     score,
     status,
@@ -115,6 +121,7 @@ _bench = typer.Typer(
 )  # fmt: skip
 _bench.command("kernels", help=bench.KERNELS_HELP)(guard(bench.kernels))
 _bench.command("sdxl", help=bench_sdxl.HELP)(guard(bench_sdxl.sdxl))
+_bench.command("rewards", help=bench_rewards.HELP)(guard(bench_rewards.rewards))
 app.add_typer(_bench)
 
 _REWARDS_HELP = opt.help_text(
@@ -130,7 +137,13 @@ _rewards = typer.Typer(
     name="rewards", help=_REWARDS_HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
-_REWARD_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {}
+_REWARD_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "list": (rewards_list.list_, rewards_list.HELP),
+    "install": (rewards_install.install, rewards_install.HELP),
+    "fetch": (rewards_fetch.fetch, rewards_fetch.HELP),
+    "verify": (rewards_verify.verify, rewards_verify.HELP),
+    "score": (rewards_score.score, rewards_score.HELP),
+}
 for _name, (_command, _help) in _REWARD_COMMANDS.items():
     _rewards.command(_name, help=_help)(guard(_command))
 app.add_typer(_rewards)
