@@ -316,12 +316,18 @@ def size_text(count: int) -> str:
 
 def names_with(assets: Iterable[Asset]) -> list[str]:
     """Published models that together need all of some files: as few as a simple choice finds."""
-    left, names = {asset.key for asset in assets}, []
-    needs = {name: {asset.key for asset in official.assets} for name, official in OFFICIALS.items()}
+    wanted = {asset.key for asset in assets}
+    needs = {name: wanted & {asset.key for asset in official.assets} for name, official in OFFICIALS.items()}
+    left, names = set(wanted), list[str]()
     while left:
         name = max(needs, key=lambda name: len(left & needs[name]))
         if not left & needs[name]:
             break
         names.append(name)
         left -= needs[name]
+    # The largest share comes first, and may be of files that the others need anyway.
+    for name in list(names):
+        others = [needs[other] for other in names if other != name]
+        if needs[name] <= set().union(*others):
+            names.remove(name)
     return names

@@ -288,3 +288,5 @@ def test_the_hint_names_the_models_that_need_the_files() -> None:
     both = [*OFFICIALS["mps"].assets, *OFFICIALS["image-reward"].assets]
     assert sorted(shelf.names_with(both)) == ["image-reward", "mps"]
     assert shelf.names_with([SMALL]) == []
+    two = [*OFFICIALS["hpsv2.1"].assets, *OFFICIALS["aesthetic-v2"].assets]
+    assert sorted(shelf.names_with(two)) == ["aesthetic-v2", "hpsv2.1"]
