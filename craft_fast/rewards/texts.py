@@ -40,13 +40,30 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def _shown(text: str) -> str:
-    """Without control, format, private and unassigned characters, as BERT's published tokenizer leaves them out.
+# What BERT's published tokenizer takes for a word by itself: CJK ideographs.
+_IDEOGRAPHS = regex.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
+)
 
-    The tokenizers library keeps some of them: of 1,000 hostile prompts 259 had other tokens than image-reward gives
-    them, and 18 have without these characters (by the same tables as there, Python's).
+
+def _bert_words(text: str) -> str:
+    """Text as BERT's published tokenizer has it before its word pieces; uncased, special tokens apart.
+
+    Lower case, what does not show left out (control, format, private, unassigned), ideographs and punctuation apart,
+    accents taken off. The tokenizers library does these steps by other Unicode tables than Python's, which
+    image-reward goes by: of 1,000 hostile prompts 259 had other tokens than the package gives them, here none has.
     """
-    return "".join(letter for letter in text if letter in "\t\n\r" or unicodedata.category(letter)[0] != "C")
+    category = unicodedata.category
+    shown = [letter for letter in text.lower() if letter in "\t\n\r" or category(letter)[0] != "C"]
+    parted = _IDEOGRAPHS.sub(r" \g<0> ", "".join(" " if category(letter) == "Zs" else letter for letter in shown))
+    bare = [letter for letter in unicodedata.normalize("NFD", parted) if category(letter) != "Mn"]
+    return "".join(f" {letter} " if _is_punctuation(letter) else letter for letter in bare)
+
+
+def _is_punctuation(letter: str) -> bool:
+    # Of ASCII all that is neither letter, digit nor space, such as $ and ^, which Unicode counts as symbols.
+    ascii_mark = "!" <= letter <= "~" and not letter.isalnum()
+    return ascii_mark or unicodedata.category(letter)[0] == "P"
 
 
 def _byte_letters() -> dict[int, str]:
@@ -86,6 +103,7 @@ class Texts:
         self._pad = int(pad_token_id if pad_token_id is not None else own if own is not None else 0)
         parts = _parts(tokenizer)
         self._clip, self._wordpiece = _is_clip(parts), parts["type"] == "WordPiece"
+        self._uncased = self._wordpiece and bool((parts.get("normalizer") or {}).get("lowercase"))
         self.id = self._name(parts)
 
     def tokens(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -128,8 +146,11 @@ class Texts:
     def _plain(self, text: str, **more: Any) -> list[int]:
         """What transformers' own call gives; ``more`` says how it is cut."""
         sound = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no lone surrogates
-        if self._wordpiece:
-            sound = _shown(sound)
+        if self._uncased:
+            # Special tokens stay as they are; every second part is one.
+            marks = "|".join(map(regex.escape, self._tokenizer.all_special_tokens))
+            parts = regex.split(f"({marks})", sound)
+            sound = "".join(part if i % 2 else _bert_words(part) for i, part in enumerate(parts))
         found: list[int] = self._tokenizer(sound, split_special_tokens=self._clip, verbose=False, **more)["input_ids"]
         return found
 

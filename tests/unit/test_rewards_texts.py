@@ -204,9 +204,17 @@ def test_a_clip_vocabulary_without_cleaning_is_transformers_own_call(tokenizer: 
     assert texts.cut == {"red " * 100: 25}
 
 
+def long_known(letter: str) -> bool:
+    return any(first <= ord(letter) <= last for first, last in ((0, 0x24F), (0x386, 0x481), (0x2010, 0x2044),
+                                                                (0x4E00, 0x9FA5), (0xAC00, 0xD7A3)))  # fmt: skip
+
+
 def test_bert_tokens_are_transformers_own_call(bert: Any, caplog: pytest.LogCaptureFixture) -> None:
     texts = Texts(bert, Preprocessing(family="image_reward", max_tokens=35, text="plain"))
-    prompts = [*map(assigned, hostile_prompts(300)), "a [SEP] red [MASK] circle", "[PAD]", "A Photo of CIRCLEs"]
+    # transformers' own call goes by older Unicode tables than image-reward, so prompts of long known letters alone.
+    prompts = [prompt for prompt in hostile_prompts() if all(map(long_known, prompt))]
+    assert len(prompts) > 150
+    prompts += ["a [SEP] red [MASK] circle", "[PAD]", "A Photo of CIRCLEs", "^ $ + red~circle"]
     with caplog.at_level(logging.WARNING):
         for prompt in prompts:
             ids, mask = texts.tokens(prompt)
@@ -228,6 +236,9 @@ def test_bert_tokens_are_transformers_own_call(bert: Any, caplog: pytest.LogCapt
     ):
         assert torch.equal(texts.tokens(hidden)[0], texts.tokens("redcircle")[0]), ascii(hidden)
     assert not torch.equal(texts.tokens("red\ncircle")[0], texts.tokens("redcircle")[0])
+    # A mark that was a letter before Unicode 9, an ideograph of the eighth block, an Arabic point of Unicode 14.
+    for new, old in (("red\u1885", "red"), ("a\U0002b8c7b", "a \U0002b8c7 b"), ("red\u0898circle", "redcircle")):
+        assert torch.equal(texts.tokens(new)[0], texts.tokens(old)[0]), ascii(new)
 
 
 def test_the_id_follows_what_decides_the_tokens(tokenizer: Any, bert: Any, tmp_path: Path) -> None:
