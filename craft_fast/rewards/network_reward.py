@@ -162,7 +162,7 @@ class NetworkReward:
             return torch.zeros(0)
         try:
             self._move_in()
-            with torch.inference_mode(), _full_float32():
+            with torch.inference_mode(), full_float32():
                 pixels = pictures.pixels(self.pixel_form, self.device)
                 texts = self._texts_of(prompts)
         except torch.OutOfMemoryError as error:
@@ -202,7 +202,7 @@ class NetworkReward:
         while True:
             at_once = self.images_at_once(len(pixels))
             try:
-                with torch.inference_mode(), _full_float32():
+                with torch.inference_mode(), full_float32():
                     parts = range(0, len(pixels), at_once)
                     raw = torch.cat([self._part(pixels, texts, i, i + at_once) for i in parts])
                     return self._to_score(raw.cpu())
@@ -302,7 +302,7 @@ class NetworkReward:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Float32 convolutions as exact as float32 products: PyTorch cuts their inputs to TF32's 10 bits on a GPU."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from craft_fast.config import REWARD_FAMILIES, RewardSettings
 from craft_fast.errors import ConfigError, Interrupted
 from craft_fast.rewards import catalog
 from craft_fast.rewards.base import REWARD_FILE
+from craft_fast.rewards.network_reward import full_float32
 from craft_fast.rewards.pixels import Pictures
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _reference(
     from craft_fast.rewards.plain import Plain
 
     plain, scores = Plain(source, device), []
-    with _exact():
+    with full_float32():
         for picture, prompt in zip(pictures, prompts, strict=True):
             _check(should_stop)
             scores.append(plain.score(picture, prompt))
@@ -304,14 +304,3 @@ def _scene(height: int, width: int) -> Tensor:
 def _check(should_stop: Callable[[], bool]) -> None:
     if should_stop():
         raise Interrupted("Stopped", hint="the same command compares anew")
-
-
-@contextmanager
-def _exact() -> Iterator[None]:
-    """Float32 convolutions in full on a GPU: PyTorch's own setting cuts their inputs to TF32's 10 bits."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

@@ -21,6 +21,7 @@ from craft_fast.store.digest import sha256_file
 from craft_fast.store.run import open_run
 from craft_fast.tiny.random_rewards import build_random_rewards
 from craft_fast.verify import verify_run
+from tests.unit.small_runs import changed
 
 TRAIN = ["red circle", "blue square", "green star", "black triangle", "pink square", "white heart"]
 HELDOUT = ["orange circle", "purple star"]
@@ -72,13 +73,6 @@ def settings(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Set
             "evaluate": {"prompts": 2, "bootstrap_samples": 100},
         }
     )
-
-
-def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    tree = settings.model_dump()
-    for section, values in sections.items():
-        tree[section] |= values
-    return Settings.model_validate(tree)
 
 
 @pytest.fixture(scope="module")

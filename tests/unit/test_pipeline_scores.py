@@ -20,6 +20,7 @@ from craft_fast.rewards.registry import load_reward
 from craft_fast.store.run import open_run
 from craft_fast.store.safe_load import read_image
 from craft_fast.tiny.random_rewards import build_random_rewards
+from tests.unit.small_runs import changed
 
 TRAIN = ["red circle", "blue square", "green star", "black triangle", "pink square", "white heart"]
 GPU = Provenance("native", "f" * 64, precision="float16")
@@ -63,13 +64,6 @@ def settings(sdxl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Set
 
 
 KINDS = {"h": "clip", "a": "aesthetic"}
-
-
-def changed(settings: Settings, **sections: dict[str, Any]) -> Settings:
-    tree = settings.model_dump()
-    for section, values in sections.items():
-        tree[section] |= values
-    return Settings.model_validate(tree)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Rewards: preprocessing, the three families from folders, functions, keys, and the scoring stage."""
+"""Rewards: reward.json, the families from folders, what one network does with memory, prompts and precision."""
 
 from __future__ import annotations
 
@@ -12,31 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from craft_fast.config import RewardSettings
 from craft_fast.errors import ConfigError, CraftError, ResourceError
 from craft_fast.rewards import network_reward
 from craft_fast.rewards.base import read_preprocessing
 from craft_fast.rewards.network_reward import Need
 from craft_fast.rewards.pixels import Pictures
 from craft_fast.rewards.registry import load_reward, reward_key
-from craft_fast.tiny.random_rewards import build_random_rewards
-
-KINDS = {"h": "clip", "p": "clip", "a": "aesthetic", "image_reward": "image_reward"}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_random_rewards(tmp_path_factory.mktemp("rewards"))
-
-
-def spec(folders: Path, name: str, **changes: Any) -> RewardSettings:
-    return RewardSettings(**{"kind": KINDS[name], "path": str(folders / name), **changes})
-
-
-@pytest.fixture
-def own(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(folders, tmp_path / "own"))
+from tests.unit.random_judges import KINDS, spec
 
 
 def pictures(n: int = 6, size: int = 64) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,24 +17,9 @@ from craft_fast.rewards.registry import load_reward, reward_key, reward_provenan
 from craft_fast.store import digest
 from craft_fast.store.digest import digest_json, sha256_file
 from craft_fast.tiny.random_rewards import build_random_rewards
+from tests.unit.random_judges import KINDS, spec
 
-KINDS = {"h": "clip", "p": "clip", "a": "aesthetic", "image_reward": "image_reward"}
 PROMPTS = ["a red circle", "a blue square above a star", ""]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_random_rewards(tmp_path_factory.mktemp("rewards"))
-
-
-def spec(folders: Path, name: str, **changes: Any) -> RewardSettings:
-    return RewardSettings(**{"kind": KINDS[name], "path": str(folders / name), **changes})
-
-
-@pytest.fixture
-def own(folders: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
-    return Path(shutil.copytree(folders, tmp_path / "own"))
 
 
 # ---- keys and provenance

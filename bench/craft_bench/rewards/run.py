@@ -17,11 +17,10 @@ from craft_bench.rewards.gates import judge
 from craft_bench.rewards.models import SIZES, Size, Subject, default_dtypes, make_pictures, make_prompts, open_subject
 from craft_bench.rewards.rivals import Rivals, package_environment
 from craft_bench.rows import Row, RowFile
-from craft_bench.sdxl.gates import Reached
 from craft_bench.sdxl.measure import MATMUL_DRIFT, matmul_tflops
 from craft_bench.sdxl.planned import beside
 from craft_bench.sdxl.problem import clean
-from craft_bench.sdxl.run import gate_row
+from craft_bench.sdxl.run import Report, gate_row
 from craft_bench.sdxl.stepping import reason
 from craft_fast.errors import EnvironmentProblem, Interrupted
 from craft_fast.progress import Progress
@@ -55,31 +54,6 @@ class Options:
     package: bool = False
     out: Path = Path("bench/results")
     deadline_s: float | None = None
-
-
-@dataclass(slots=True)
-class Report:
-    """What came out.
-
-    Args:
-        path: the file of rows.
-        size: how large the networks were.
-        rows: the rows of this run.
-        gates: the figures.
-        matmul_tflops: the device's rate at the start and at the end.
-        missing: labels of cases that the deadline left out.
-        wrong: results that are not what they must be, and what of ours failed.
-        notes: lines worth reading.
-    """
-
-    path: Path
-    size: str
-    rows: list[Row] = field(default_factory=list)
-    gates: list[Reached] = field(default_factory=list)
-    matmul_tflops: tuple[float, float | None] = (0.0, None)
-    missing: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 def run(options: Options, *, progress: Progress, should_stop: Callable[[], bool] = lambda: False) -> Report:

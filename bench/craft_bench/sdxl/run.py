@@ -62,12 +62,12 @@ class Report:
 
     Args:
         path: the file of rows.
-        size: how large the model was.
+        size: how large the networks were.
         rows: the rows of this run.
-        gates: the issue's figures.
+        gates: the figures that are asked.
         matmul_tflops: the card's rate at the start and at the end.
         missing: labels of cases that the deadline left out.
-        wrong: cases in which our losses are not the reference's, or our engine failed.
+        wrong: results of ours that are not the reference's, and what of ours failed.
         notes: lines worth reading.
     """
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from craft_cli import options as opt
 from craft_cli.commands.bench import DEVICES, Deadline, Device, check
-from craft_cli.commands.bench_sdxl import SIZES, figures
+from craft_cli.commands.bench_sdxl import SIZES, last_lines, report_data
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table
@@ -17,7 +17,7 @@ from craft_fast.errors import Interrupted, QualityGateError
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
-    from craft_bench.rewards.run import Report
+    from craft_bench.sdxl.run import Report
 
 HELP = opt.help_text(
     "Time the published reward models on this machine.",
@@ -109,36 +109,9 @@ def rewards(
 def report_lines(report: Report) -> list[str]:
     """The report for a person: tables, the figures, where the rows are."""
     from craft_bench.rewards.table import deviation_table, failures, speed_table
-    from craft_bench.sdxl.table import gate_table
 
     lines: list[str] = []
     for cells, first in ((speed_table(report.rows), 3), (deviation_table(report.rows), 2)):
         if cells:
             lines += [*table(cells, right=range(first, len(cells[0]))), ""]
-    if failed := failures(report.rows):
-        lines += [*failed, ""]
-    if any(reached.measured is not None for reached in report.gates):
-        lines += [*table(gate_table(report.gates), right=(1, 2)), ""]
-    else:
-        lines.append(f"none of the {len(report.gates)} figures asked of a GPU was measured")
-    began, ended = report.matmul_tflops
-    lines.append(f"matrix rate: {began:.4g} TFLOP/s at the start" + (f", {ended:.4g} at the end" if ended else ""))
-    lines += report.notes
-    if report.missing:
-        lines.append(f"left out by the deadline: {len(report.missing)}: {', '.join(report.missing)}")
-    lines.append(f"rows: {report.path} ({len(report.rows)} of this run, {report.size} size)")
-    return lines
-
-
-def report_data(report: Report) -> dict[str, Any]:
-    """The report for a script."""
-    return {
-        "file": str(report.path),
-        "size": report.size,
-        "rows": report.rows,
-        "figures": figures(report.gates),
-        "matmul_tflops": report.matmul_tflops,
-        "missing": report.missing,
-        "wrong": report.wrong,
-        "notes": report.notes,
-    }
+    return [*lines, *last_lines(report, failures(report.rows))]

@@ -97,7 +97,7 @@ def sdxl(
 
 def report_lines(report: Report) -> list[str]:
     """The report for a person: tables, the figures, where the rows are."""
-    from craft_bench.sdxl.table import failures, gate_table, image_table, loss_table, stage_table, step_table
+    from craft_bench.sdxl.table import failures, image_table, loss_table, stage_table, step_table
 
     lines: list[str] = []
     for cells in (step_table(report.rows), loss_table(report.rows), image_table(report.rows)):
@@ -105,8 +105,14 @@ def report_lines(report: Report) -> list[str]:
             lines += [*table(cells, right=range(1, len(cells[0]))), ""]
     if cells := stage_table(report.rows):
         lines += [*table(cells, right=(1,)), ""]
-    if failed := failures(report.rows):
-        lines += [*failed, ""]
+    return [*lines, *last_lines(report, failures(report.rows))]
+
+
+def last_lines(report: Report, failed: Sequence[str]) -> list[str]:
+    """What a report for a person ends with: what failed, the figures, the matrix rate, where the rows are."""
+    from craft_bench.sdxl.table import gate_table
+
+    lines = [*failed, ""] if failed else []
     if any(reached.measured is not None for reached in report.gates):
         lines += [*table(gate_table(report.gates), right=(1, 2)), ""]
     else:
