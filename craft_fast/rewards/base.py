@@ -75,7 +75,8 @@ class Preprocessing(BaseModel):
             rounded (HPSv2). stretch: both sides to S, as PIL does.
         antialias: of ``pad``; torchvision before 0.17 had none there, so published HPSv2 scores differ in it.
         crop_rounding: where a crop begins that does not divide evenly: floor, as transformers does (PickScore, MPS,
-            CLIPScore), or round to even, as torchvision does (LAION, ImageReward); one pixel off on 1216x832.
+            CLIPScore ViT-L/14), or round to even, as torchvision does (LAION, ImageReward, CLIPScore ViT-B/32); one
+            pixel off on 1216x832.
         mean, std: of each channel.
         max_tokens: of a prompt, start and end included; longer ones are cut.
         text: open_clip: mended (ftfy), HTML entities resolved twice, whitespace collapsed, as open_clip does before its
