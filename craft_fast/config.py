@@ -71,6 +71,24 @@ class PromptSettings(Section):
     max_chars: int = _f(2000, "longest prompt", unit="characters", ge=1)
 
 
+class ImagesSettings(Section):
+    folder: str | None = _f(
+        None,
+        "own pictures with captions, in place of the model's variants: folder, or what craft-fast dataset wrote; null: "
+        "the model makes all candidates",
+    )
+    weights: Literal["auto", "score"] = _f(
+        "auto",
+        "auto: where the folder's metadata.jsonl gives weights, they and its selection are taken as they are; score: "
+        "every picture is scored, filtered and weighted here",
+    )
+    bucket_step_px: int = _f(8, "sides of buckets are multiples of this; SDXL: 64", unit="px", ge=8)
+    max_aspect: float = _f(2.0, "longest side over shortest of a bucket, at most", ge=1.0, le=4.0)
+    max_enlargement: float = _f(
+        1.5, "a picture that would have to be enlarged by more than this to fill its bucket is refused", ge=1.0
+    )
+
+
 class SlotSettings(Section):
     choices: list[str] = _f(..., "texts to choose from", min_length=1)
     unless: list[str] = _f([], "leave the slot empty when the prompt already holds one of these words")
@@ -229,10 +247,25 @@ class TrainSettings(Section):
 class ExportSettings(Section):
     name: str = _f("craft", "file name of the LoRA, without extension", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")
     dtype: Literal["float32", "float16", "bfloat16"] = _f("float32", "dtype of the saved weights")
+    format: Literal["kohya", "diffusers", "both"] = _f(
+        "kohya",
+        "kohya: one file that ComfyUI, A1111, Forge and diffusers load; diffusers: PEFT's names, which ComfyUI does "
+        "not load; both: the second one beside it, as NAME-diffusers.safetensors",
+    )
+    rank: int | None = _f(
+        None, "lower the rank to this by singular values; the error is reported. null: as trained", ge=1
+    )
+    merged: Literal["none", "folder", "file"] = _f(
+        "none",
+        "write the whole model with the LoRA in it besides: a folder in diffusers' layout, or one .safetensors file",
+    )
 
 
 class EvaluateSettings(Section):
     prompts: int = _f(64, "held-out prompts compared", ge=1)
+    seed: int | None = _f(
+        None, "seed of the pictures, so that runs of other seeds can be compared; null: the run's", ge=0, lt=2**31
+    )
     bootstrap_samples: int = _f(2000, "paired bootstrap resamples", ge=100)
     min_win_rate: float | None = _f(
         None, "quality gate on every held-out reward's win rate; missing it is exit code 7", ge=0, le=1
@@ -270,6 +303,7 @@ class Settings(Section):
     seed: int = _f(0, "root of all randomness", ge=0, lt=2**31)
     model: ModelSettings = Field(default_factory=ModelSettings, description="the SDXL to align")
     prompts: PromptSettings = Field(default_factory=PromptSettings, description="what to draw")
+    images: ImagesSettings = Field(default_factory=ImagesSettings, description="own pictures with captions, if any")
     expand: ExpandSettings = Field(default_factory=ExpandSettings, description="how prompts are enriched")
     generate: GenerateSettings = Field(default_factory=GenerateSettings, description="how candidates are made")
     rewards: dict[str, RewardSettings] = Field(default_factory=dict, description="the judges, by short name")

@@ -209,7 +209,9 @@ def _unknown_keys(layer: _Layer) -> list[str]:
 
 def _closest(name: str, known: Sequence[str]) -> str:
     """`` ; did you mean X?`` by spelling, or by the last word among all settings (``rank`` -> ``train.rank``)."""
-    tails = {doc.key.rpartition(".")[2]: doc.key for doc in field_docs()}
+    tails: dict[str, str] = {}
+    for doc in field_docs():
+        tails.setdefault(doc.key.rpartition(".")[2], doc.key)
     if name.rpartition(".")[2] in tails and tails[name.rpartition(".")[2]] not in known:
         close = [tails[name.rpartition(".")[2]]]
     else:

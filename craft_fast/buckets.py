@@ -1,0 +1,1 @@
+"""Aspect-ratio buckets: which size a picture is trained at. Pure arithmetic."""

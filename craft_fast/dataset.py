@@ -1,0 +1,1 @@
+"""The accepted set as an ordinary dataset: pictures, captions, weights."""

@@ -1,0 +1,1 @@
+"""Own pictures with captions, brought in as candidates."""

@@ -1,0 +1,1 @@
+"""One picture grid of a LoRA at several strengths."""
