@@ -151,7 +151,9 @@ def test_every_module_is_under_the_import_rules() -> None:
     modules = {f"craft_fast.{module.name}" for module in pkgutil.iter_modules(craft_fast.__path__)}
     assert modules <= placed, f"give these a layer in .importlinter: {sorted(modules - placed)}"
     kept_from_hugging_face = set(parser["importlinter:contract:hugging-face"]["source_modules"].split())
-    free = {f"craft_fast.{name}" for name in ("sdxl", "qlora", "lora", "rewards", "export", "expanders", "tiny", "quiet")}
+    free = {
+        f"craft_fast.{name}" for name in ("sdxl", "qlora", "lora", "rewards", "export", "expanders", "tiny", "quiet")
+    }
     assert modules - free <= kept_from_hugging_face
 
 
