@@ -27,6 +27,7 @@ from craft_fast.store.safe_load import load_safetensors
 
 FILES_KIND = "text"
 _BLOCK = 64
+_CHANNELS = 4
 _ENTRY = {"prompt_embeds": 2, "pooled_prompt_embeds": 1}
 
 
@@ -55,7 +56,7 @@ class CachedSet:
     """All that training reads, on the CPU.
 
     Attributes:
-        latents: float32 [N, 4, h, w], UNet space.
+        latents: UNet space, float32 [N, 4, h, w]; N of [4, h, w] where samples are of several sizes.
         prompt_embeds: [P, T, D].
         pooled_prompt_embeds: [P, D2].
         prompt_index: int64 [N], each sample's row in the two above.
@@ -64,7 +65,7 @@ class CachedSet:
         sample_ids: N ids, in order.
     """
 
-    latents: Tensor
+    latents: Tensor | tuple[Tensor, ...]
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     prompt_index: Tensor
@@ -149,7 +150,9 @@ def _prompts(samples: Sequence[Sample]) -> list[str]:
     return list(dict.fromkeys([*(sample.prompt for sample in samples), ""]))
 
 
-def _read_latents(run: Run, samples: Sequence[Sample], candidates: Sequence[Candidate]) -> Tensor:
+def _read_latents(
+    run: Run, samples: Sequence[Sample], candidates: Sequence[Candidate]
+) -> Tensor | tuple[Tensor, ...]:
     by_id = {candidate.candidate_id: candidate for candidate in candidates}
     files: dict[FileRef, dict[str, Tensor] | IntegrityError] = {}
     rows: list[Tensor] = []
@@ -166,14 +169,16 @@ def _read_latents(run: Run, samples: Sequence[Sample], candidates: Sequence[Cand
         if found is None:
             found = files[candidate.latents] = _read(run, candidate.latents)
         row = found if isinstance(found, IntegrityError) else found.get(str(candidate.member))
-        if isinstance(row, Tensor):
+        if isinstance(row, Tensor) and row.ndim == 3 and len(row) == _CHANNELS:
             rows.append(row.to(torch.float32))
             continue
-        missing = IntegrityError("A tensor is missing.", where=candidate.latents.path, why=f"no key {candidate.member}")
-        bad[candidate.candidate_id] = (candidate, row or missing)
+        why = f"no key {candidate.member}" if row is None else f"key {candidate.member} is no [4, h, w]"
+        unfit = IntegrityError("A tensor is missing.", where=candidate.latents.path, why=why)
+        bad[candidate.candidate_id] = (candidate, row if isinstance(row, IntegrityError) else unfit)
     if bad:
         raise LatentsError(list(bad.values()))
-    return torch.stack(rows) if rows else torch.empty(0, 4, 1, 1)
+    one_size = len({row.shape for row in rows}) == 1
+    return torch.stack(rows) if one_size else tuple(rows)
 
 
 def _read(run: Run, ref: FileRef) -> dict[str, Tensor] | IntegrityError:

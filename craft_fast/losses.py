@@ -9,7 +9,7 @@ Shapes: T training timesteps, N training samples, B samples of a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -38,6 +38,15 @@ class Batch:
     noise_ids: Tensor
     noise_seed: int
     step: int
+
+    def take(self, index: Tensor) -> Batch:
+        """Some of the batch's samples with their draws.
+
+        Args:
+            index: int64, positions in the batch.
+        """
+        columns = {name: getattr(self, name)[index] for name in ("rows", "timesteps", "dropped", "noise_ids")}
+        return replace(self, **columns)
 
 
 def sample_rows(n: int, batch_size: int, *, seed: int, step: int) -> list[tuple[int, int]]:

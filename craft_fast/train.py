@@ -25,12 +25,12 @@ from craft_fast import checkpoint
 from craft_fast.config import TrainSettings
 from craft_fast.errors import CraftError, IntegrityError, ResourceError
 from craft_fast.guards import StepWatch, memory_warning
-from craft_fast.losses import Batch, draw_batch, min_snr_weight, normalise_weights
+from craft_fast.losses import draw_batch, min_snr_weight, normalise_weights
 from craft_fast.progress import Progress, Silent
 from craft_fast.qlora.adapt import repeatable_kernels
 from craft_fast.qlora.engine import Choices, Trainee, decide, make_trainee
 from craft_fast.qlora.lora import load_parameters
-from craft_fast.qlora.step import Inputs, MicroBatch, Stepper
+from craft_fast.qlora.step import Inputs, MicroBatch, Stepper, sizes
 from craft_fast.rng import derive_seed
 from craft_fast.sdxl.load import SdxlModel, free_memory
 from craft_fast.sdxl.schedule import alphas_cumprod
@@ -178,12 +178,17 @@ class _Training:
         schedule = alphas_cumprod(model)
         self.timesteps = len(schedule)
         lambdas = min_snr_weight(schedule, settings.min_snr_gamma, model.prediction_type)
-        h, w = (side * model.vae_scale_factor for side in cached.latents.shape[-2:])
+        # As inference asks for: a picture of the bucket's own size, uncropped.
+        scale = model.vae_scale_factor
+        time_ids = {
+            (h, w): add_time_ids(h * scale, w * scale, device=self.device, dtype=model.dtype)
+            for h, w in sizes(cached.latents)
+        }
         self.stepper = Stepper(
             self.trainee.unet, self.optimizer, alphas_cumprod=schedule.to(self.device),
             prediction_type=model.prediction_type,
             timestep_weight=None if lambdas is None else lambdas.to(self.device),
-            add_time_ids=add_time_ids(h, w, device=self.device, dtype=model.dtype), dtype=model.dtype,
+            add_time_ids=time_ids, dtype=model.dtype,
             device=self.device, noise_seed=derive_seed(seed, "train", "noise"), record=choices.graph,
             autocast=choices.autocast, on_fallback=partial(_tell_fallback, progress),
         )  # fmt: skip
@@ -193,8 +198,9 @@ class _Training:
             empty_index=cached.empty_index, weights=normalise_weights(cached.weights), dtype=model.dtype,
             device=self.device,
         )  # fmt: skip
-        self.ahead: tuple[Batch, MicroBatch] | None = None
-        self.fits = not self.optimizer.updates_in_backward
+        self.ahead: tuple[Tensor, list[MicroBatch]] | None = None
+        # Elements of the largest micro-batch that is known to fit; none to know where nothing is updated in backward.
+        self.fits = 0 if self.optimizer.updates_in_backward else math.inf
         self.watch, self.memory_told = StepWatch(), False
 
     def close(self) -> None:
@@ -207,24 +213,26 @@ class _Training:
     def step(self) -> tuple[float | None, float | None]:
         """Loss and gradient norm of one step; both None when either was not finite and nothing was updated."""
         began, rate = time.perf_counter(), _rate(self.state.step, self.settings)
-        batch, loss, per_sample = self._gradients(rate)
+        rows, loss, per_sample = self._gradients(rate)
         norm = self.stepper.update(rate, on_out_of_memory=self._relieve)
         # Drawn and sent while the device is busy with what is queued.
         self._look_ahead()
         loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()  # the step's one wait for it
         self._watch(time.perf_counter() - began)
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            self._skipped(batch, per_sample)
+            self._skipped(rows, per_sample)
             return None, None
         self.state.skips_in_a_row = 0
         return loss_value, norm_value
 
-    def _draw(self, step: int) -> tuple[Batch, MicroBatch]:
+    def _draw(self, step: int) -> tuple[Tensor, list[MicroBatch]]:
+        """A step's samples by size, and their rows in the same order."""
         batch = draw_batch(
             self.sample_ids, seed=self.seed, step=step, timesteps=self.timesteps, batch_size=self.global_batch,
             prompt_dropout=self.settings.prompt_dropout,
         )  # fmt: skip
-        return batch, self.inputs.select(batch)
+        parts = self.inputs.by_size(batch)
+        return torch.cat([part.rows for part in parts]), [self.inputs.select(part) for part in parts]
 
     def _look_ahead(self) -> None:
         # Out of memory here is met again, and dealt with, in the next step.
@@ -232,20 +240,21 @@ class _Training:
             if self.state.step + 1 < self.settings.steps:
                 self.ahead = self._draw(self.state.step + 1)
 
-    def _gradients(self, rate: float) -> tuple[Batch, Tensor, Tensor]:
-        """Gradients of the whole batch; when memory runs out, all of it again with less: no sample is skipped."""
+    def _gradients(self, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, loss and errors of the whole batch; when memory runs out, all again with less: no sample is skipped."""
         step, ahead = self.state.step, self.ahead
         self.ahead = None
         while True:
             try:
                 ahead = ahead or self._draw(step)
-                batch, parts = ahead[0], ahead[1].split(self.state.micro_batch_size)
-                if not self.fits:
+                parts = [part for size in ahead[1] for part in size.split(self.state.micro_batch_size)]
+                largest = sorted(parts, key=lambda part: part.latents.numel(), reverse=True)[:2]
+                if largest[0].latents.numel() > self.fits:
                     # Updates in backward can not be taken back: a step without them shows first what fits.
                     with self.optimizer.dry_run():
-                        self.stepper.gradients(parts[:2], step=step, divisor=self.global_batch, lr=rate)
-                    self.fits = True
-                return batch, *self.stepper.gradients(parts, step=step, divisor=self.global_batch, lr=rate)
+                        self.stepper.gradients(largest, step=step, divisor=self.global_batch, lr=rate)
+                    self.fits = largest[0].latents.numel()
+                return ahead[0], *self.stepper.gradients(parts, step=step, divisor=self.global_batch, lr=rate)
             except torch.OutOfMemoryError:
                 pass
             # Outside of `except`, whose traceback would keep the activations alive.
@@ -277,10 +286,10 @@ class _Training:
             "train_out_of_memory", at_step=state.step + 1, micro_batch_size=state.micro_batch_size, change=what
         )
 
-    def _skipped(self, batch: Batch, per_sample: Tensor) -> None:
+    def _skipped(self, rows: Tensor, per_sample: Tensor) -> None:
         state = self.state
         state.skips_in_a_row += 1
-        bad = [self.sample_ids[row] for row in batch.rows[~torch.isfinite(per_sample).cpu()].tolist()]
+        bad = [self.sample_ids[row] for row in rows[~torch.isfinite(per_sample).cpu()].tolist()]
         named = f" (samples {', '.join(bad[:3])})" if bad else ""
         self.progress.warn(f"Step {state.step + 1}: loss or gradient is not finite{named}; nothing was updated.")
         self.run.log("train_skipped", at_step=state.step + 1, samples=bad)
@@ -347,7 +356,8 @@ def _make_trainee(
     model: SdxlModel, choices: Choices, settings: TrainSettings, seed: int, cached: CachedSet, state: _State,
     memory_bytes: float | None,
 ) -> Trainee:  # fmt: skip
-    h, w = cached.latents.shape[-2:]
+    # Memory is decided by the largest size; of equal areas by the longest side, which has the longer rows.
+    h, w = max(sizes(cached.latents), key=lambda size: (size[0] * size[1], max(size)))
     try:
         return make_trainee(
             model, choices, settings, seed=seed, latent_size=(h, w), tokens=cached.prompt_embeds.shape[1],

@@ -1,12 +1,12 @@
 """One training step on the device, in which nothing waits for it: inputs, loss and gradients, update.
 
 Shapes: N samples of the set, P distinct prompts, B samples of a global or micro-batch, C x h x w latents, T training
-timesteps.
+timesteps. Samples may be of several sizes (buckets of own pictures); what goes through the UNet together is of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -20,10 +20,15 @@ from craft_fast.sdxl.graph import Replay
 from craft_kernels.noise_and_target import noise_and_target
 from craft_kernels.weighted_noise_loss import weighted_noise_loss
 
+Latents = Tensor | Sequence[Tensor]
+"""[N, C, h, w], or N of [C, h, w] of several sizes."""
+
 # Small gradients underflow in float16; a fixed power of two brings them into range and is divided out exactly.
 FLOAT16_LOSS_SCALE = 1024.0
 # A set of a hundred samples is some 50 MB; one of thousands stays in the machine's memory.
 ON_DEVICE_BYTES = 512 * 1024**2
+# Each recorded pass keeps its own inputs; batches of many sizes, cut in many ways, would record without end.
+MAX_RECORDED = 8
 # Two that warm up and one that records; a compiler is busy in the first.
 _UNSETTLED_STEPS = 3
 
@@ -61,7 +66,7 @@ class Inputs:
     """The training set where steps can select from it without waiting: on the device if it is small.
 
     Args:
-        latents: float32 [N, C, h, w] on the CPU.
+        latents: float32 [N, C, h, w] on the CPU, or N of [C, h, w] where they are of several sizes.
         prompt_embeds: [P, 77, D] on the CPU, any floating point.
         pooled_prompt_embeds: [P, D2], likewise.
         prompt_index: int64 [N], each sample's row in these two.
@@ -74,7 +79,7 @@ class Inputs:
     def __init__(
         self,
         *,
-        latents: Tensor,
+        latents: Latents,
         prompt_embeds: Tensor,
         pooled_prompt_embeds: Tensor,
         prompt_index: Tensor,
@@ -84,25 +89,38 @@ class Inputs:
         device: torch.device,
     ) -> None:
         self.device, self.prompt_index, self.empty_index = device, prompt_index, empty_index
-        samples = [latents, weights]
+        buckets, self._bucket, self._place = in_buckets(latents)
+        samples = [*buckets, weights]
         texts = [prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in samples + texts)
         self.home = device if size <= ON_DEVICE_BYTES else torch.device("cpu")
-        self.latents, self.weights = (tensor.to(self.home) for tensor in samples)
+        *self.latents, self.weights = (tensor.to(self.home) for tensor in samples)
         self.prompt_embeds, self.pooled_prompt_embeds = (tensor.to(self.home) for tensor in texts)
 
+    def by_size(self, batch: Batch) -> list[Batch]:
+        """A global batch cut into parts of one size each, by the order in which the sizes come in it.
+
+        A sample's draws are its own, so the cut changes nothing but the order in which gradients are summed.
+        """
+        if len(self.latents) == 1:
+            return [batch]
+        buckets = self._bucket[batch.rows].tolist()
+        rows = {bucket: [i for i, found in enumerate(buckets) if found == bucket] for bucket in dict.fromkeys(buckets)}
+        return [batch.take(torch.tensor(found)) for found in rows.values()]
+
     def select(self, batch: Batch) -> MicroBatch:
-        """The whole global batch, on its way to the device: copies are queued, and nothing waits for them."""
+        """Samples of one size, on their way to the device: copies are queued, and nothing waits for them."""
         text = torch.where(batch.dropped, self.empty_index, self.prompt_index[batch.rows])
+        place, latents = self._place[batch.rows], self.latents[int(self._bucket[batch.rows[0]])]
         # One copy for all numbers; each copy from pinned memory costs more to begin than these bytes.
-        numbers = self._send(torch.stack([batch.rows, text, batch.timesteps, batch.noise_ids]))
-        rows, texts = (numbers[0], numbers[1]) if self.home == self.device else (batch.rows, text)
+        numbers = self._send(torch.stack([batch.timesteps, batch.noise_ids, batch.rows, text, place]))
+        rows, texts, place = numbers[2:] if self.home == self.device else (batch.rows, text, place)
         return MicroBatch(
-            latents=self._send(self.latents[rows]),
+            latents=self._send(latents[place]),
             prompt_embeds=self._send(self.prompt_embeds[texts]),
             pooled_prompt_embeds=self._send(self.pooled_prompt_embeds[texts]),
-            timesteps=numbers[2],
-            noise_ids=numbers[3],
+            timesteps=numbers[0],
+            noise_ids=numbers[1],
             weights=self._send(self.weights[rows]),
         )
 
@@ -113,12 +131,40 @@ class Inputs:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+def sizes(latents: Latents) -> list[tuple[int, int]]:
+    """The sizes (h, w) among latents, each once, in the order in which they come."""
+    if isinstance(latents, Tensor):
+        return [(latents.shape[-2], latents.shape[-1])]
+    return list(dict.fromkeys((row.shape[-2], row.shape[-1]) for row in latents))
+
+
+def in_buckets(latents: Latents) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Latents stacked by size, and where each sample is.
+
+    Returns:
+        One [n, C, h, w] a size; the bucket of each sample and its place in it, int64 [N].
+    """
+    if isinstance(latents, Tensor):
+        return [latents], torch.zeros(len(latents), dtype=torch.int64), torch.arange(len(latents))
+    known = {size: number for number, size in enumerate(sizes(latents))}
+    buckets: list[list[Tensor]] = [[] for _ in known]
+    found = []
+    for row in latents:
+        bucket = known[row.shape[-2], row.shape[-1]]
+        found.append((bucket, len(buckets[bucket])))
+        buckets[bucket].append(row)
+    where = torch.tensor(found)
+    return [torch.stack(rows) for rows in buckets], where[:, 0], where[:, 1]
+
+
 def _silent(message: str) -> None:
     """What is told about a recording that fails, by default."""
 
 
 class Stepper:
     """Loss, gradients and update of a step, each recorded once for each shape and replayed where that is wanted.
+
+    Of passes, the first ``MAX_RECORDED`` shapes are recorded; others run as they are, with the same bits.
 
     One micro-batch's forward, loss and backward are one recorded function, the update is another. Noise is made outside
     of them: its step is a number of the CPU's.
@@ -129,7 +175,7 @@ class Stepper:
         alphas_cumprod: float32 [T] on the device.
         prediction_type: ``epsilon`` or ``v_prediction``.
         timestep_weight: lambda by timestep, float32 [T] on the device, or None for 1.
-        add_time_ids: [1, 6] on the device in ``dtype``: size and crop, the same for all samples.
+        add_time_ids: size of the latents (h, w) to [1, 6] on the device in ``dtype``: size and crop of the pictures.
         dtype: what the UNet takes.
         device: where it is.
         noise_seed: see ``craft_kernels.noise_and_target``.
@@ -150,7 +196,7 @@ class Stepper:
         alphas_cumprod: Tensor,
         prediction_type: str,
         timestep_weight: Tensor | None,
-        add_time_ids: Tensor,
+        add_time_ids: Mapping[tuple[int, int], Tensor],
         dtype: torch.dtype,
         device: torch.device,
         noise_seed: int,
@@ -295,6 +341,8 @@ class Stepper:
             return self._forward_backward(divisor, arm, **tensors)
         key = (divisor, *noised.shape)
         if key not in self._passes:
+            if len(self._passes) >= MAX_RECORDED:
+                return self._forward_backward(divisor, None, **tensors)
             self._passes[key] = self._replay(partial(self._forward_backward, divisor, None))
             self._steps_alike = 0
         replay = self._passes[key]
@@ -314,10 +362,8 @@ class Stepper:
         pooled_prompt_embeds: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        conditions = {
-            "text_embeds": pooled_prompt_embeds,
-            "time_ids": self.add_time_ids.expand(len(noised), -1),
-        }
+        time_ids = self.add_time_ids[noised.shape[-2], noised.shape[-1]]
+        conditions = {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids.expand(len(noised), -1)}
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.autocast):
             noise_pred = self.unet(
                 noised.to(self.dtype), timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False

@@ -70,7 +70,7 @@ def make(
     optimizer = make_optimizer(parameters, kind=kind, lr=LR, weight_decay=0.01, max_grad_norm=1.0, seed=5)
     common: dict[str, Any] = {
         "alphas_cumprod": SCHEDULE, "prediction_type": "epsilon", "timestep_weight": LAMBDA,
-        "add_time_ids": TIME_IDS.to(dtype), "dtype": dtype, "device": CPU, "noise_seed": SEED,
+        "add_time_ids": {(8, 8): TIME_IDS.to(dtype)}, "dtype": dtype, "device": CPU, "noise_seed": SEED,
         "record": True, "autocast": False,
     }  # fmt: skip
     return Stepper(unet, optimizer, **{**common, **options}), parameters
@@ -379,3 +379,30 @@ def test_what_is_decided(
     assert set(choices.record()) == {
         f"engine.{name}" for name in ("lora", "optimizer", "autocast", "graph", "compile", "attention")
     }
+
+
+# ---- samples of several sizes
+
+
+def test_a_batch_is_cut_by_size_and_loses_nothing() -> None:
+    sides = [(8, 8), (4, 12), (8, 8), (12, 4), (4, 12), (8, 8)]
+    draw = torch.Generator().manual_seed(4)
+    rows = [torch.randn(4, h, w, generator=draw) for h, w in sides]
+    several = Inputs(**{**dataset(), "latents": rows}, dtype=torch.float32, device=CPU)
+    for step in range(4):
+        wanted = batch(step)
+        parts = several.by_size(wanted)
+        # A sample at the seam of two epochs comes twice, with draws of its own each time.
+        assert sorted(triple for part in parts for triple in draws(part)) == sorted(draws(wanted))
+        for part in parts:
+            found = several.select(part)
+            assert len({sides[row] for row in part.rows.tolist()}) == 1
+            assert torch.equal(found.latents, torch.stack([rows[row] for row in part.rows.tolist()]))
+            assert torch.equal(found.weights, dataset()["weights"][part.rows])
+    (whole,) = inputs().by_size(wanted)
+    assert whole is wanted
+
+
+def draws(found: Any) -> list[tuple[int, int, int, bool]]:
+    columns = (found.rows, found.timesteps, found.noise_ids, found.dropped)
+    return list(zip(*(column.tolist() for column in columns), strict=True))

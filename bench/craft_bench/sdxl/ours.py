@@ -98,7 +98,8 @@ class Ours:
         self.cached = Cached(size, device, dtype)
         self.stepper = Stepper(
             self.trainee.unet, self.trainee.optimizer, alphas_cumprod=self.cached.alphas_cumprod,
-            prediction_type="epsilon", timestep_weight=None, add_time_ids=self.cached.time_ids, dtype=dtype,
+            prediction_type="epsilon", timestep_weight=None,
+            add_time_ids={(size.latent_side, size.latent_side): self.cached.time_ids}, dtype=dtype,
             device=device, noise_seed=self.cached.noise_seed, record=choices.graph, autocast=choices.autocast,
             on_fallback=self.notes.append,
         )  # fmt: skip
