@@ -82,7 +82,7 @@ class ImagesSettings(Section):
         "auto: where the folder's metadata.jsonl gives weights, they and its selection are taken as they are; score: "
         "every picture is scored, filtered and weighted here",
     )
-    bucket_step_px: int = _f(8, "sides of buckets are multiples of this; SDXL: 64", unit="px", ge=8)
+    bucket_step_px: int = _f(16, "sides of buckets are multiples of this; SDXL: 64", unit="px", ge=8)
     max_aspect: float = _f(2.0, "longest side over shortest of a bucket, at most", ge=1.0, le=4.0)
     max_enlargement: float = _f(
         1.5, "a picture that would have to be enlarged by more than this to fill its bucket is refused", ge=1.0

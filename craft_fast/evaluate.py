@@ -74,7 +74,7 @@ def evaluate(
         result: the exported LoRA or UNet.
         prompts: held-out prompts; the first ``settings.prompts`` are used.
         rewards: all judges, held-out ones among them.
-        settings: how many prompts and bootstrap samples.
+        settings: how many prompts and bootstrap samples; ``seed`` of the pictures where it is not the run's.
         generate_settings: sampler, steps, guidance and size of the pictures.
         seed: the run's seed.
         key: the evaluate stage's key.
@@ -92,6 +92,7 @@ def evaluate(
             different ways.
     """
     progress = progress or Silent()
+    seed = seed if settings.seed is None else settings.seed
     chosen = list(prompts[: settings.prompts])
     if not chosen:
         raise ConfigError("There are no held-out prompts to evaluate on", where="prompts.heldout_file")

@@ -213,6 +213,12 @@ def filter_candidates(
     )
 
 
+def all_accepted(selections: Sequence[Selection]) -> FilterResult:
+    """The result where verdicts came with own pictures: no reward was asked, and none can be loosened."""
+    ids = tuple(row.candidate_id for row in selections)
+    return FilterResult(tuple(selections), ids, len(ids), len(ids), {"all": 1.0}, False, {})
+
+
 def _verdicts(members: Sequence[Candidate], scores: Scores, settings: FilterSettings) -> dict[str, dict[str, bool]]:
     """The known factors of a group's variants; those that are not known cannot change a verdict."""
     values = [scores[member.candidate_id] for member in members]
@@ -332,7 +338,11 @@ def what_to_loosen(result: FilterResult, settings: FilterSettings, images: int) 
 
 
 def training_samples(
-    selections: Sequence[Selection], candidates: Sequence[Candidate], settings: FilterSettings, train: TrainSettings
+    selections: Sequence[Selection],
+    candidates: Sequence[Candidate],
+    settings: FilterSettings,
+    train: TrainSettings,
+    given: Mapping[str, float] | None = None,
 ) -> list[Sample]:
     """The accepted candidates as weighted training samples (items 5 and 6).
 
@@ -344,6 +354,7 @@ def training_samples(
         candidates: the candidates they are about.
         settings: the filter section, for what to say when nothing is left.
         train: weighting and ``condition_on``.
+        given: weights by candidate that came with own pictures, in place of ``phi(A)``.
 
     Returns:
         Samples in the selections' order.
@@ -354,12 +365,16 @@ def training_samples(
     """
     rows = {row.candidate_id: row for row in candidates}
     chosen = [selection for selection in selections if selection.accepted]
-    weights = sample_weights(
-        [s.advantage for s in chosen],
-        [True] * len(chosen),
-        train.weighting,
-        clip=train.weight_clip,
-        temperature=train.weight_temperature,
+    weights = (
+        sample_weights(
+            [s.advantage for s in chosen],
+            [True] * len(chosen),
+            train.weighting,
+            clip=train.weight_clip,
+            temperature=train.weight_temperature,
+        )
+        if given is None
+        else [given[s.candidate_id] for s in chosen]
     )
     samples = []
     for selection, weight in zip(chosen, weights, strict=True):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from craft_fast.budget import apply_cap, resolve_auto, with_changes
 from craft_fast.config import Settings
@@ -24,6 +24,9 @@ from craft_fast.store import atomic
 from craft_fast.store.digest import sha256_bytes
 from craft_fast.store.run import Run, open_run
 from craft_fast.workbench import Workbench
+
+if TYPE_CHECKING:
+    from craft_fast.dataset import Written
 
 STAGES = ("expand", "generate", "score", "filter", "cache", "train", "export", "evaluate", "report")
 CONFIG_NAME = "config.yaml"
@@ -229,6 +232,30 @@ def status(root: Path) -> list[StageStatus]:
         return [_status(name, rows.get(name), keys.get(name)) for name in STAGES]
 
 
+def export_dataset(
+    root: Path, out: Path, *, caption: str, everything: bool, force: bool, progress: Progress
+) -> Written:
+    """The accepted pictures of a run as an ordinary dataset; see ``craft_fast.dataset.write_dataset``.
+
+    Raises:
+        UsageError: there is no such run, or it has no training set yet.
+    """
+    from craft_fast.dataset import write_dataset
+
+    with open_run(Path(root), read_only=True) as run:
+        rows = {row.name: row for row in run.manifest.stages() if row.state == "done"}
+        if "cache" not in rows:
+            raise UsageError(
+                "The samples are not weighed yet", where=str(root),
+                hint=f"craft-fast run --until cache --name {run.root.name}",
+            )  # fmt: skip
+        reward_keys = rows["score"].info.get("reward_keys", {})
+        return write_dataset(
+            run, out, generate_key=rows["generate"].key, filter_key=rows["filter"].key, cache_key=rows["cache"].key,
+            reward_keys=reward_keys, caption=caption, everything=everything, force=force, progress=progress,
+        )  # fmt: skip
+
+
 def _status(name: str, row: StageRow | None, key: str | None) -> StageStatus:
     if row is None:
         return StageStatus(name, "new")
@@ -238,4 +265,4 @@ def _status(name: str, row: StageRow | None, key: str | None) -> StageStatus:
     return StageStatus(name, state, row.seconds, row.peak_gib, row.info)
 
 
-__all__ = ["STAGES", "RunSummary", "StageStatus", "run_pipeline", "stage_keys", "status"]
+__all__ = ["STAGES", "RunSummary", "StageStatus", "export_dataset", "run_pipeline", "stage_keys", "status"]

@@ -23,7 +23,7 @@ VERSIONS = {
     "filter": 1,
     "cache": 1,
     "train": 3,  # 2: noise by counter; 3: NF4 of rows that are no multiple of its block
-    "export": 1,
+    "export": 2,  # 2: kohya's keys, alpha unfolded
     "evaluate": 1,
     "report": 1,
 }
@@ -90,19 +90,24 @@ def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = 
     from craft_fast.rewards.registry import reward_key
     from craft_fast.sdxl.load import model_digest
 
+    own = settings.images.folder is not None
     texts = (_plain(settings.prompts, _PROMPT_FILES), _plain(settings.expand, _TRANSPORT))
-    expand = _key("expand", settings.seed, *texts, _inputs(settings, cache_dir))
+    sources = _own_inputs(settings) if own else (*texts, _inputs(settings, cache_dir))
+    expand = _key("expand", settings.seed, *sources)
     wanted = settings.model
     digest = model_digest(wanted.path, config=wanted.config, vae=wanted.vae, offline=wanted.offline)
     told = [wanted.prediction_type, wanted.zero_terminal_snr, wanted.dtype, wanted.vae_dtype]
     model = digest_json([digest, *told])
-    generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET))
-    own = {
+    fitted = [_plain(settings.images, {"folder", "weights"})] if own else []
+    generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET), *fitted)
+    reward_keys = {
         name: reward_key(name, spec, offline=settings.model.offline, dtype=settings.score.dtype, progress=progress)
         for name, spec in settings.rewards.items()
     }
     rewards = {
-        name: score_key(own[name], settings.score) for name, spec in settings.rewards.items() if not spec.held_out
+        name: score_key(reward_keys[name], settings.score)
+        for name, spec in settings.rewards.items()
+        if not spec.held_out
     }
     score = _key("score", generate, rewards)
     # score.lazy is in no key, since it changes no verdict; that r_total may be made of fewer rewards under it is.
@@ -111,7 +116,7 @@ def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = 
     budget = [settings.generate.max_images, settings.generate.max_minutes]
     chosen = _key("filter", score, weights, budget, _plain(settings.filter))
     text = _key("cache", model)
-    return InputKeys(expand, generate, score, chosen, text, model, rewards, own)
+    return InputKeys(expand, generate, score, chosen, text, model, rewards, reward_keys)
 
 
 def output_keys(settings: Settings, keys: InputKeys, selection: str) -> OutputKeys:
@@ -126,13 +131,15 @@ def output_keys(settings: Settings, keys: InputKeys, selection: str) -> OutputKe
     cache = _key("cache", keys.filter, keys.text, selection, weighting)
     train = _key("train", settings.seed, cache, keys.model, _plain(settings.train, _BOOKKEEPING))
     export = _key("export", train, _plain(settings.export))
+    # What is drawn and judged does not depend on how many files there are, nor on their names.
+    result = _key("export", train, _plain(settings.export, {"name", "format", "merged"}))
     evaluate = _key(
         "evaluate",
-        settings.seed,
-        export,
+        settings.evaluate.seed if settings.evaluate.seed is not None else settings.seed,
+        result,
         keys.expand,
         keys.all_rewards,
-        _plain(settings.evaluate, {"min_win_rate"}),
+        _plain(settings.evaluate, {"min_win_rate", "seed"}),
         _plain(settings.generate, _BUDGET),
     )
     report = _key("report", evaluate, _plain(settings.report), _plain(settings))
@@ -145,6 +152,16 @@ def _key(stage: str, *parts: Any) -> str:
 
 def _plain(section: Section, exclude: set[str] | None = None) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=exclude)
+
+
+def _own_inputs(settings: Settings) -> tuple[Any, ...]:
+    """What decides the groups of own pictures: their content and captions, wherever they are, and held-out prompts."""
+    from craft_fast.own_folder import read_folder
+
+    heldout = settings.prompts.heldout_file
+    wanted = _plain(settings.prompts, {*_PROMPT_FILES, "limit", "heldout_share"})
+    digest = read_folder(settings.images, settings.prompts.max_chars).digest
+    return "own", wanted, digest, sha256_file(Path(resolve_uri(heldout))) if heldout is not None else None
 
 
 def _inputs(settings: Settings, cache_dir: Path) -> dict[str, str]:

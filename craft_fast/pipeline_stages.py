@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,14 +13,20 @@ from craft_fast import checkpoint
 from craft_fast.cache import CachedSet, LatentsError, build_cache, load_cache
 from craft_fast.errors import CraftError, QualityGateError, UsageError
 from craft_fast.filtering import training_samples
+from craft_fast.pipeline_facts import lora_facts, score_facts
 from craft_fast.pipeline_keys import OutputKeys, expander_cache, output_keys
-from craft_fast.pipeline_stream import STREAMED, Stream, Work
-from craft_fast.records import StageRow
+from craft_fast.pipeline_stream import STREAMED, Stream, Work, own_weights
+from craft_fast.records import FileRef, Group, StageRow, Variant
 from craft_fast.store.digest import sha256_file
 from craft_fast.workbench import Meter
 
 T = TypeVar("T")
 _HASHED_BYTES = 1 << 30
+
+
+def _main_ref(row: StageRow) -> FileRef:
+    """The exported file that the row of ``export`` names first."""
+    return FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
 
 
 class Stages:
@@ -69,7 +75,8 @@ class Stages:
         row = self._row(name)
         if row.state != "done" or row.key != self.key(name):
             return False
-        files = [self.work.run.path(str(row.info[part])) for part in ("path", "html", "json") if part in row.info]
+        named = [row.info[part] for part in ("path", "html", "json", "merged") if part in row.info]
+        files = [self.work.run.path(str(name)) for name in named]
         if name == "evaluate":
             manifest = self.work.run.manifest
             pictures = [ref for kind in ("eval_base", "eval_tuned") for ref in manifest.files(kind, row.key).values()]
@@ -77,10 +84,14 @@ class Stages:
         return all(file.exists() for file in files) and self._undamaged(row)
 
     def _undamaged(self, row: StageRow) -> bool:
-        """Whether the exported file is what was written; one of many GiB is left to ``verify``."""
-        if "sha256" not in row.info or int(row.info["size"]) > _HASHED_BYTES:
+        """Whether the exported files are what was written; one of many GiB is left to ``verify``."""
+        if "sha256" not in row.info:
             return True
-        return sha256_file(self.work.run.path(str(row.info["path"]))) == str(row.info["sha256"])
+        for ref in [_main_ref(row), *(FileRef(**ref) for ref in row.info.get("also", ()))]:
+            path = self.work.run.path(ref.path)
+            if not path.exists() or (ref.size <= _HASHED_BYTES and sha256_file(path) != ref.sha256):
+                return False
+        return True
 
     def filter_done(self) -> bool:
         """Whether there are verdicts to train on."""
@@ -141,6 +152,8 @@ class Stages:
         self._once("expand", self._expand)
 
     def _expand(self) -> dict[str, Any]:
+        if self.work.settings.images.folder is not None:
+            return self._own_groups()
         from craft_fast.expanders import build_groups, make_expander
         from craft_fast.prompts import load_prompts
 
@@ -160,6 +173,24 @@ class Stages:
         train = sum(group.prompt.split == "train" for group in result.groups)
         return {"train": train, "heldout": len(result.groups) - train, "dropped": len(result.dropped)}
 
+    def _own_groups(self) -> dict[str, Any]:
+        """Groups of own pictures, all of which are looked at first, and held-out prompts from their file."""
+        from craft_fast.own_folder import own_groups, read_folder
+        from craft_fast.own_images import check_pictures
+        from craft_fast.prompts import held_out_prompts
+
+        work, settings = self.work, self.work.settings
+        folder = read_folder(settings.images, settings.prompts.max_chars)
+        check_pictures(folder, settings.images, settings.generate, work.progress)
+        groups = own_groups(folder)
+        heldout = held_out_prompts(settings.prompts, {group.prompt.prompt_id for group in groups})
+        for note in (*folder.notes, *heldout.notes):
+            work.progress.warn(note)
+        apart = [Group(p, (Variant(p.prompt_id, 0, p.text),)) for p in heldout.heldout]
+        work.run.manifest.put_groups(self.key("expand"), [*groups, *apart])
+        counts = {"train": len(groups), "heldout": len(apart), "own_pictures": len(folder.pictures)}
+        return {**counts, **({"weights": "given"} if folder.weighted else {})}
+
     def cache(self) -> None:
         """Weigh the accepted samples and encode their text."""
         self._once("cache", self._cache)
@@ -168,7 +199,8 @@ class Stages:
         work, key = self.work, self.key("cache")
         manifest = work.run.manifest
         selections, candidates = manifest.selections(work.keys.filter), manifest.candidates(work.keys.generate)
-        samples = training_samples(selections, candidates, work.settings.filter, work.settings.train)
+        given = own_weights(work, candidates)
+        samples = training_samples(selections, candidates, work.settings.filter, work.settings.train, given)
         encoded = self._with_sound_latents(
             lambda: build_cache(
                 work.run,
@@ -264,9 +296,12 @@ class Stages:
             else:
                 self._adapter = found.adapter
         assert self._adapter is not None
-        metadata = {"train_key": self.key("train"), "model": work.keys.model, "seed": str(work.settings.seed)}
-        ref = export_lora(work.run, self._adapter, settings=work.settings, metadata=metadata)
-        return {"path": ref.path, "sha256": ref.sha256, "size": ref.size}
+        facts = lora_facts(work, train_key=self.key("train"), cache_key=self.key("cache"))
+        # A file that is written again after the evaluation has its scores in at once.
+        facts |= score_facts(work.run.manifest.eval_rows(self.key("evaluate")))
+        return export_lora(
+            work.run, self._adapter, settings=work.settings, metadata=facts, progress=work.progress
+        ).info()
 
     def evaluate(self) -> None:
         """Compare base and tuned model on held-out prompts."""
@@ -290,7 +325,24 @@ class Stages:
             should_stop=work.should_stop,
             concessions=work.bench.concessions(),
         )
+        self._stamp(score_facts(rows))
         return {"metrics": len(rows), "prompts": rows[0].n if rows else 0}
+
+    def _stamp(self, facts: Mapping[str, Any]) -> None:
+        """Put the scores into the LoRA's header; its row follows. A kill in between leaves a file to export again."""
+        from craft_fast.export import stamp
+
+        if self.work.settings.train.method == "full":
+            return  # many GiB would be written again for some lines of text
+        row = self._row("export")
+        others = [FileRef(**ref) for ref in row.info.get("also", ())]
+        merged = str(row.info.get("merged", ""))
+        loras = [_main_ref(row), *(ref for ref in others if ref.path != merged)]
+        new = stamp(self.work.run, loras, facts)
+        by_path = {ref.path: asdict(ref) for ref in new}
+        also = [by_path.get(ref.path, asdict(ref)) for ref in others]
+        info = {**row.info, **by_path[loras[0].path], **({"also": also} if also else {})}
+        self.work.run.manifest.put_stage(replace(row, info=info))
 
     def _result_path(self) -> Path:
         path = self.work.run.path(str(self._row("export").info["path"]))

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from craft_fast.config import Settings
 from craft_fast.errors import CraftError, Interrupted, QualityGateError, UsageError
-from craft_fast.filtering import FilterResult, rates_in_words, what_to_loosen
+from craft_fast.filtering import FilterResult, all_accepted, rates_in_words, what_to_loosen
+from craft_fast.own_folder import drawn_part, given_selections, given_weights, own_root
 from craft_fast.pipeline_keys import InputKeys
 from craft_fast.pipeline_scoring import RenewedError, Scoring
 from craft_fast.progress import Progress
@@ -61,6 +62,14 @@ class Work:
             raise Interrupted("Stopped; everything done so far is saved", hint="the same command continues")
 
 
+def own_weights(work: Work, candidates: Sequence[Candidate]) -> dict[str, float] | None:
+    """Weights that came with own pictures, by candidate; None where the advantage makes them."""
+    row = work.run.manifest.stage("expand")
+    if row is None or row.info.get("weights") != "given":
+        return None
+    return given_weights(work.run.manifest.groups(work.keys.expand, "train"), candidates)
+
+
 def selection_digest(selections: Sequence[Selection]) -> str:
     """Digest of what training depends on: who was accepted, and with which advantage."""
     return digest_json([[row.candidate_id, row.advantage] for row in selections if row.accepted])
@@ -83,6 +92,9 @@ class Stream:
         self.steps = frozenset(steps)
         manifest, keys = work.run.manifest, work.keys
         self.groups = manifest.groups(keys.expand, "train")
+        # Own pictures: how many of a group's members the model draws, and whether verdicts came with them.
+        self.own = work.settings.images.folder is not None
+        self.given = own_weights(work, ()) is not None
         self.scoring = Scoring(work)
         self.stage_keys = {"generate": keys.generate, "score": keys.score, "filter": keys.filter}
         self.meters = {name: self._meter(name) for name in STREAMED}
@@ -143,7 +155,7 @@ class Stream:
         """Whether no further block is wanted, and why; a recorded decision is obeyed, not made again."""
         if self.recorded is not None:
             return self.recorded.reason if len(used) >= self.recorded.groups else None
-        if result is not None and result.done:
+        if result is not None and result.done and not self.given:
             return "enough"
         if "generate" in self.steps and used and self._out_of_time():
             return "max_minutes"
@@ -156,14 +168,18 @@ class Stream:
         budget = self.work.settings.generate.max_images
         if budget is None:
             return list(block)
-        left = budget - sum(len(group.variants) for group in used)
+        left = budget - sum(map(self._drawn, used))
         room: list[Group] = []
         for group in block:
-            left -= len(group.variants)
+            left -= self._drawn(group)
             if left < 0:
                 break
             room.append(group)
         return room
+
+    def _drawn(self, group: Group) -> int:
+        """Pictures of a group that the model draws; own ones cost the budget nothing."""
+        return len(group.variants) - len(group.prompt.meta.get("own", ()) if self.own else ())
 
     def _out_of_time(self) -> bool:
         budget = self.work.settings.generate.max_minutes
@@ -183,8 +199,10 @@ class Stream:
             if not fresh and "generate" in self.steps and self._drop_damaged(rows):
                 self._generate(block)
             rows = self._candidates(block)
-            self._score(rows, used)
-        unfinished = self.scoring.unfinished(rows) if self.steps & {"score", "filter"} else set()
+            if not self.given:
+                self._score(rows, used)
+        judged = self.steps & {"score", "filter"} and not self.given
+        unfinished = self.scoring.unfinished(rows) if judged else set()
         made = Counter(row.prompt_id for row in rows)
         ready: list[Group] = []
         for group in block:
@@ -206,11 +224,16 @@ class Stream:
         if len(self._candidates(block)) == sum(len(group.variants) for group in block):
             return False
         self._announce("generate")
+        drawn = list(block)
+        if self.own:
+            drawn = [part for group in block if (part := drawn_part(group)) is not None]
         with self.meters["generate"].running():
+            if self.own:
+                self._bring_in(block)
             generate(
                 work.run,
                 work.bench.model(),
-                block,
+                drawn,
                 settings=work.settings.generate,
                 seed=work.settings.seed,
                 key=work.keys.generate,
@@ -220,6 +243,17 @@ class Stream:
             )
         work.check_stop()
         return True
+
+    def _bring_in(self, block: Sequence[Group]) -> None:
+        from craft_fast.own_images import bring_in
+
+        work = self.work
+        bring_in(
+            work.run, work.bench.model(), own_root(work.settings.images), block, settings=work.settings.images,
+            generate=work.settings.generate, key=work.keys.generate, progress=work.progress,
+            should_stop=work.should_stop, concessions=work.bench.concessions(),
+        )  # fmt: skip
+        work.check_stop()
 
     def _score(self, rows: Sequence[Candidate], used: Sequence[Group]) -> None:
         if self.scoring.unfinished(rows):
@@ -252,6 +286,8 @@ class Stream:
         rows = self._candidates(used)
         self._announce("filter")
         with self.meters["filter"].running():
+            if self.given:
+                return all_accepted(given_selections(used, rows))
             return self.scoring.judge(used, rows, final=final)
 
     def _tell(self, used: Sequence[Group], result: FilterResult) -> None:
@@ -365,7 +401,9 @@ def say_result(work: Work, result: FilterResult, images: int, decision: Decision
             why=loosen.split(" To get more:")[0],
             hint=loosen.split("To get more: ")[-1],
         )
-    if found < wanted:
+    if own_weights(work, ()) is not None:
+        work.progress.info(f"{found} own pictures, with the weights that came with them")
+    elif found < wanted:
         work.progress.warn(f"Fewer samples than wanted, {_REASONS[decision.reason]}: {loosen}")
     else:
         share = result.acceptance.get("all", math.nan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,35 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
             hint="give more prompts, or set prompts.heldout_file",
         )
     return PromptSets(tuple(train[: settings.limit]), tuple(held.values()), tuple(notes))
+
+
+def held_out_prompts(settings: PromptSettings, trained: Collection[str]) -> PromptSets:
+    """Held-out prompts alone, where what is trained on comes from elsewhere (own pictures).
+
+    Args:
+        settings: ``heldout_file`` is read.
+        trained: prompt_ids that are trained on; they are not evaluated.
+
+    Raises:
+        ConfigError: there is no such file, or no prompt of it is left.
+    """
+    if settings.heldout_file is None:
+        raise ConfigError(
+            "Own pictures need held-out prompts for the evaluation.",
+            where="prompts.heldout_file",
+            why="every caption is trained on",
+            hint="--set prompts.heldout_file=FILE, one prompt a line",
+        )
+    found = read_prompts(settings.heldout_file, settings, split="heldout")
+    left = tuple(prompt for prompt in found.prompts if prompt.prompt_id not in trained)
+    if not left:
+        raise ConfigError(
+            "No held-out prompt is left.",
+            where=found.source,
+            why=f"all {len(found.prompts)} are captions of own pictures, too",
+            hint="give other held-out prompts",
+        )
+    return PromptSets((), left, tuple(found.notes()))
 
 
 def _is_held_out(prompt: Prompt, share: float) -> bool:

@@ -70,8 +70,9 @@ def _files(run: Run) -> Iterator[Check]:
         kinds.setdefault(kind, {})[ref] = None
     row = run.manifest.stage("export")
     if row is not None and row.state == "done" and "sha256" in row.info:
-        ref = FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
-        kinds.setdefault("lora", {})[ref] = None
+        main = FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
+        for ref in (main, *(FileRef(**also) for also in row.info.get("also", ()))):
+            kinds.setdefault("lora", {})[ref] = None
     for kind, refs in kinds.items():
         bad = [Check(ref.path, False, problem) for ref in refs if (problem := _problem(run, ref))]
         what = _NAMES.get(kind, kind.replace("_", " "))

@@ -14,12 +14,19 @@ from craft_cli.commands import (
     bench_rewards,
     bench_sdxl,
     cache,
+    compare,
+    dataset,
     doctor,
     evaluate,
     expand,
     export,
     generate,
     init,
+    lora_apply,
+    lora_check,
+    lora_convert,
+    lora_merge,
+    lora_resize,
     plan,
     report,
     rewards_fetch,
@@ -111,6 +118,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "export": (export.export, export.HELP),
     "evaluate": (evaluate.evaluate, evaluate.HELP),
     "report": (report.report, report.HELP),
+    "dataset": (dataset.dataset, dataset.HELP),
+    "compare": (compare.compare, compare.HELP),
 }
 for _name, (_command, _help) in _COMMANDS.items():
     app.command(_name, help=_help)(guard(_command))
@@ -147,6 +156,30 @@ _REWARD_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 for _name, (_command, _help) in _REWARD_COMMANDS.items():
     _rewards.command(_name, help=_help)(guard(_command))
 app.add_typer(_rewards)
+
+_LORA_HELP = opt.help_text(
+    "LoRA files: check, convert, merge, resize, put into a model.",
+    "For any LoRA of an SDXL, whichever trainer made it, in the key names of kohya or diffusers. FILE may also be the "
+    "name of a run.",
+    examples=(
+        "craft-fast lora check sea.safetensors",
+        "craft-fast lora resize sea --rank 8",
+    ),
+)
+_lora = typer.Typer(
+    name="lora", help=_LORA_HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+_LORA_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "check": (lora_check.check, lora_check.HELP),
+    "convert": (lora_convert.convert, lora_convert.HELP),
+    "merge": (lora_merge.merge, lora_merge.HELP),
+    "resize": (lora_resize.resize, lora_resize.HELP),
+    "apply": (lora_apply.apply, lora_apply.HELP),
+}
+for _name, (_command, _help) in _LORA_COMMANDS.items():
+    _lora.command(_name, help=_help)(guard(_command))
+app.add_typer(_lora)
 
 
 def main() -> None:

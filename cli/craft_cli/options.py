@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,15 @@ def preset_names() -> list[str]:
     """Names of the presets, read from their folder: ``settings_io`` would bring pydantic and YAML into every help."""
     names = (path.stem for path in Path(craft_fast.__file__).with_name("presets").glob("*.yaml"))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def complete_from(*words: str) -> Callable[[str], list[str]]:
+    """Completion of an option that takes one of some words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
 
 
 def _complete_presets(incomplete: str) -> list[str]:
@@ -58,6 +68,15 @@ Prompts = Annotated[
 ]
 Texts = Annotated[
     list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="A training prompt; give it many times.")
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        help="Own pictures with captions (NAME.txt or metadata.jsonl) in place of the model's variants.",
+        show_default=False,
+    ),
 ]
 Name = Annotated[
     str | None,

@@ -37,6 +37,7 @@ class Request:
     max_minutes: float | None = None
     vram_gib: float | None = None
     offline: bool | None = None
+    images: Path | None = None
 
     @property
     def run_name(self) -> str:
@@ -77,6 +78,19 @@ class Request:
         raise UsageError("There is no such run", where=str(self.root), hint=hint)
 
 
+def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
+    """``value``, which must be one of ``allowed``.
+
+    Raises:
+        UsageError: it is not; names the closest.
+    """
+    if value in allowed:
+        return value
+    close = difflib.get_close_matches(value, allowed, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    raise UsageError("There is no such choice", where=f"{option} {value}", hint=f"{guess}one of: {', '.join(allowed)}")
+
+
 @dataclass(frozen=True, slots=True)
 class Resolved:
     """Settings of a run with what the user should know of how they came about."""
@@ -115,12 +129,20 @@ def resolve(request: Request) -> Resolved:
 
 def _shortcuts(request: Request) -> Iterator[str]:
     """The options that are short for a setting, as ``--set`` texts; JSON is YAML, so any text survives."""
+    if request.images is not None and (request.prompts is not None or request.texts):
+        raise UsageError(
+            "Own pictures bring their prompts as captions", where=str(request.images),
+            hint="leave the prompts out; held-out ones go to --set prompts.heldout_file=FILE",
+        )  # fmt: skip
     if request.prompts is not None and request.texts:
         raise UsageError("Prompts come from a file or from --prompt, not from both", where=request.prompts)
     if request.prompts is not None:
         yield f"prompts.file={json.dumps(_prompt_file(request.prompts), ensure_ascii=False)}"
     if request.texts:
         yield f"prompts.file={json.dumps(str(write_prompts(request.root, request.texts)), ensure_ascii=False)}"
+    if request.images is not None:
+        folder = request.images.expanduser().absolute()
+        yield f"images.folder={json.dumps(str(folder), ensure_ascii=False)}"
     if request.max_images is not None:
         yield f"generate.max_images={request.max_images}"
     if request.max_minutes is not None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from craft_fast.errors import CraftError, EnvironmentProblem, Interrupted, ResourceError
+from craft_fast.picture_folders import Picture
 from craft_fast.progress import Progress, Silent
 from craft_fast.prompt_lines import excerpt
 from craft_fast.records import Provenance
 from craft_fast.rewards.base import Reward
 from craft_fast.rewards.memory import Judgement, Pair, ScoreMemory, reward_digest
 from craft_fast.rewards.pixels import Pictures, PixelForm
-from craft_fast.rewards.rating_inputs import Picture
 from craft_fast.rewards.rating_pictures import Darkroom, File, hash_picture, one_of
 
 _TOLD_AT_ONCE = 64  # pictures hashed: some microseconds each

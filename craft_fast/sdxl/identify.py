@@ -25,7 +25,10 @@ TEXT_PREFIX = "conditioner.embedders.0.transformer."
 TEXT_2_PREFIX = "conditioner.embedders.1.model."
 _GET_SDXL = "set model.path to a whole SDXL: one .safetensors file, a folder in diffusers' layout, or a hub id"
 _ONLY = "only SDXL is aligned here: " + _GET_SDXL
-_MERGE_LORA = "set model.path to the base model; a LoRA must first be merged into it, with the tool it came from"
+_MERGE_LORA = (
+    "set model.path to the base model; to go on from this LoRA, put it into a copy of that first: "
+    "craft-fast lora apply FILE --model BASE -o merged.safetensors"
+)
 _GET_VAE = "set model.path to a whole SDXL, and model.vae to this file"
 
 

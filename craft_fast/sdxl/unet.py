@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from craft_fast.config import ModelSettings
 from craft_fast.errors import IntegrityError
 from craft_fast.sdxl.drawing_form import is_in_form, is_pristine, load_in_form
 from craft_fast.sdxl.load import SdxlModel, free_memory, load_part
+from craft_fast.sdxl.prediction import Prediction
 from craft_fast.sdxl.source import FolderPart, open_source, stored_shapes
 from craft_fast.store.safe_load import check_header
 
@@ -61,38 +62,46 @@ class BaseUnet(NamedTuple):
         where: its folder, or the model's file.
         shapes: name to shape of its weights, in diffusers' naming.
         config_json: content of its ``config.json``.
+        config: its configuration, all defaults filled in.
+        prediction: what it predicts.
     """
 
     where: Path
     shapes: dict[str, tuple[int, ...]]
     config_json: bytes
+    config: Mapping[str, Any]
+    prediction: Prediction
 
 
 def base_unet(settings: ModelSettings) -> BaseUnet:
     """The UNet that ``model`` names, from headers and configurations alone.
 
     Raises:
-        EnvironmentProblem: missing, or not an SDXL; IntegrityError: pickled or damaged files.
+        EnvironmentProblem: missing, or not an SDXL; IntegrityError: pickled or damaged files; ConfigError: a file that
+            does not say what it predicts, nor do the settings.
     """
     source = open_source(settings.path, config=settings.config, offline=settings.offline, vae=settings.vae)
+    known = source.config("unet"), source.prediction(settings.prediction_type, settings.zero_terminal_snr)
     if isinstance(source.main, FolderPart):
         folder = source.main.folder("unet")
-        return BaseUnet(folder, source.main.shapes("unet"), (folder / "config.json").read_bytes())
+        return BaseUnet(folder, source.main.shapes("unet"), (folder / "config.json").read_bytes(), *known)
     config = {"_class_name": "UNet2DConditionModel", **source.main.config("unet")}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return BaseUnet(source.path, source.main.shapes("unet"), text.encode())
+    return BaseUnet(source.path, source.main.shapes("unet"), text.encode(), *known)
 
 
 @contextmanager
-def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
+def tuned_unet(model: SdxlModel, result: Path, strength: float = 1.0) -> Iterator[Any]:
     """The UNet with an exported result in it, by the very calls a user of diffusers makes.
 
     Args:
         model: its drawing UNet carries the LoRA inside the block and is clean again after it.
-        result: a LoRA file, loaded as ``pipe.load_lora_weights`` does, or a whole UNet (folder or weights in it).
+        result: a LoRA file in kohya's or diffusers' keys, loaded as ``pipe.load_lora_weights`` does, or a whole UNet
+            (folder or weights in it).
+        strength: of the LoRA, as ``pipe.set_adapters`` takes it; a whole UNet has none but 1.
 
     Raises:
-        IntegrityError: the file is not what export wrote, or its layers are not the UNet's.
+        IntegrityError: the file is damaged, or its layers are not the UNet's, or not all of them were loaded.
     """
     import diffusers
 
@@ -115,10 +124,14 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
     unet = drawing_unet(model)
     loader = diffusers.StableDiffusionXLPipeline
     try:
-        state, alphas, metadata = loader.lora_state_dict(result, return_lora_metadata=True, use_safetensors=True)
+        state, alphas, metadata = loader.lora_state_dict(
+            result, return_lora_metadata=True, use_safetensors=True, unet_config=unet.config
+        )
         loader.load_lora_into_unet(
             state, network_alphas=alphas, unet=unet, adapter_name=ADAPTER_NAME, metadata=metadata
         )
+        _require_all_loaded(unet, state)
+        unet.set_adapters([ADAPTER_NAME], [strength])
     except Exception as error:
         # A load that fails half way leaves some layers wrapped.
         model.unet = unet = None
@@ -128,3 +141,11 @@ def tuned_unet(model: SdxlModel, result: Path) -> Iterator[Any]:
         yield unet.eval().requires_grad_(False)
     finally:
         unet.unload_lora()
+
+
+def _require_all_loaded(unet: Any, state: Mapping[str, Any]) -> None:
+    """PEFT passes over keys that are no layer's; then the LoRA would do less than it should, in silence."""
+    wanted = sum(name.startswith("unet.") for name in state) // 2
+    loaded = sum(name.endswith(f".lora_A.{ADAPTER_NAME}") for name, _ in unet.named_modules())
+    if loaded != wanted:
+        raise ValueError(f"{loaded} of its {wanted} UNet layers were loaded")

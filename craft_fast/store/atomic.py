@@ -157,6 +157,16 @@ def write_safetensors(
     return write_chunks(path, _safetensors_chunks(tensors, metadata or {}))
 
 
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256, hex, of what ``write_safetensors`` writes after the header; it does not depend on the metadata."""
+    chunks = _safetensors_chunks(tensors, {})
+    next(chunks)  # the header
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _safetensors_chunks(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> Iterator[bytes | memoryview]:

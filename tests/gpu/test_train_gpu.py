@@ -203,7 +203,7 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(
 def test_values_that_are_not_finite_are_refused_by_a_recorded_step(
     trained: Train, monkeypatch: pytest.MonkeyPatch, listener: Listener
 ) -> None:
-    from craft_fast.qlora.step import Inputs
+    from craft_fast.qlora.inputs import Inputs
 
     select = Inputs.select
 

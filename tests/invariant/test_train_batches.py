@@ -191,7 +191,7 @@ def test_graphs_are_the_last_thing_to_go(trainer: Any, monkeypatch: pytest.Monke
 
 def test_samples_are_drawn_ahead_without_memory(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shortage while the next step's inputs are prepared is not the end of the step that is done."""
-    from craft_fast.qlora.step import Inputs
+    from craft_fast.qlora.inputs import Inputs
 
     expected = trainer("whole")(**SETTINGS)
     select, calls = Inputs.select, []

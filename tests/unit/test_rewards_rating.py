@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from craft_fast.errors import CraftError, IntegrityError, Interrupted, ResourceError
+from craft_fast.picture_folders import Picture, find_pictures, give_prompts
 from craft_fast.records import Provenance
 from craft_fast.rewards import rating_pictures
 from craft_fast.rewards.memory import ScoreMemory
 from craft_fast.rewards.pixels import Pictures, PixelForm, shape
 from craft_fast.rewards.rating import Rating, rate
-from craft_fast.rewards.rating_inputs import Picture, find_pictures, give_prompts
 from craft_fast.rewards.rating_pictures import Darkroom, hash_picture
 from craft_fast.store.safe_load import read_image
 

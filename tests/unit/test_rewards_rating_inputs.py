@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from craft_fast.errors import ConfigError, UsageError
-from craft_fast.rewards.rating_inputs import Found, find_pictures, give_prompts
+from craft_fast.picture_folders import Found, find_pictures, give_prompts
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from craft_fast.errors import EnvironmentProblem, UsageError
+from craft_fast.picture_folders import Picture
 from craft_fast.records import Provenance
 from craft_fast.rewards.memory import Judgement
 from craft_fast.rewards.rating import Judge, Rating, ScoredRow
-from craft_fast.rewards.rating_inputs import Picture
 from craft_fast.rewards.rating_output import (
     COLUMNS,
     check_output,

@@ -27,7 +27,8 @@ from craft_fast import budget
 from craft_fast.config import EngineSettings, GenerateSettings, ModelSettings, Settings, TrainSettings
 from craft_fast.plan.stages import Costs
 from craft_fast.qlora.engine import make_trainee
-from craft_fast.qlora.step import MicroBatch, Stepper
+from craft_fast.qlora.inputs import MicroBatch
+from craft_fast.qlora.step import Stepper
 from craft_fast.sdxl import costs as formulas
 from craft_fast.sdxl.load import free_memory
 

@@ -19,6 +19,7 @@ HELP = opt.help_text(
 def expand(
     prompts: opt.Prompts = None,
     texts: opt.Texts = None,
+    images: opt.Images = None,
     name: opt.Name = None,
     config: opt.Config = None,
     preset: opt.Preset = None,
@@ -31,6 +32,15 @@ def expand(
 ) -> None:
     """Run the first stage, which may begin a run."""
     request = Request(
-        name, runs, config, preset, overrides or (), prompts, texts or (), vram_gib=vram_gib, offline=offline
+        name,
+        runs,
+        config,
+        preset,
+        overrides or (),
+        prompts,
+        texts or (),
+        vram_gib=vram_gib,
+        offline=offline,
+        images=images,
     )
     execute(request, as_json=as_json, quiet=quiet, only="expand")

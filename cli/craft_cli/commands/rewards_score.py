@@ -23,9 +23,9 @@ from craft_fast.quiet import quiet_third_party
 if TYPE_CHECKING:
     from craft_cli.ui.sinks import Sink
     from craft_fast.config import RewardSettings, Settings
+    from craft_fast.picture_folders import Found
     from craft_fast.rewards.base import Reward
     from craft_fast.rewards.rating import Failure, Rating
-    from craft_fast.rewards.rating_inputs import Found
 
 HELP = opt.help_text(
     "Rate any folder of pictures.",
@@ -145,7 +145,7 @@ def score(
     quiet: opt.Quiet = False,
 ) -> None:
     """Rate, write the rows, and say which pictures could not be read."""
-    from craft_fast.rewards.rating_inputs import find_pictures, give_prompts
+    from craft_fast.picture_folders import find_pictures, give_prompts
     from craft_fast.rewards.rating_output import check_output, choose_format
 
     mode = choose_mode(as_json=as_json, quiet=quiet)

@@ -110,8 +110,8 @@ def _compare(
     import torch
 
     from craft_fast.config import OFFICIAL_REWARDS
+    from craft_fast.picture_folders import find_pictures
     from craft_fast.rewards import parity
-    from craft_fast.rewards.rating_inputs import find_pictures
     from craft_fast.store.safe_load import read_image
 
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -16,6 +16,7 @@ HELP = opt.help_text(
         "craft-fast run -p 'a red circle' -p 'a blue square' --name two",
         "craft-fast run prompts.csv --preset sdxl-8gb --max-images 400",
         "craft-fast run prompts.csv --preset sdxl --vram 8 --offline",
+        "craft-fast run --images pictures --name own",
     ),
 )
 
@@ -23,6 +24,7 @@ HELP = opt.help_text(
 def run(
     prompts: opt.Prompts = None,
     texts: opt.Texts = None,
+    images: opt.Images = None,
     name: opt.Name = None,
     config: opt.Config = None,
     preset: opt.Preset = None,
@@ -38,6 +40,17 @@ def run(
 ) -> None:
     """Run every stage, up to ``until`` if given."""
     request = Request(
-        name, runs, config, preset, overrides or (), prompts, texts or (), max_images, max_minutes, vram_gib, offline
+        name,
+        runs,
+        config,
+        preset,
+        overrides or (),
+        prompts,
+        texts or (),
+        max_images,
+        max_minutes,
+        vram_gib,
+        offline,
+        images,
     )
     execute(request, as_json=as_json, quiet=quiet, until=until)

@@ -1,4 +1,4 @@
-"""Which pictures to rate, and against which texts: folders, files, lists, captions. No torch here.
+"""Pictures and their texts: folders, files, lists, captions. No torch here.
 
 A picture's name in all results is its path below the closest folder that all arguments share, so that a table of
 scores means the same on another machine.
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from craft_fast.errors import ConfigError, UsageError
+from craft_fast.picture_tables import LISTS, Row, read_rows, read_text
 from craft_fast.prompt_lines import excerpt
-from craft_fast.rewards.rating_tables import LISTS, Row, read_rows, read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 BESIDE = (".txt", ".caption")  # kohya's two names of a caption's file
