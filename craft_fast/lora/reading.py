@@ -170,7 +170,7 @@ def _stored_alphas(metadata: Mapping[str, str], known: Layers, where: str) -> di
     if DIFFUSERS_METADATA not in metadata:
         return {}
     try:
-        config: dict[str, Any] = json.loads(metadata[DIFFUSERS_METADATA])
+        config: dict[str, Any] = dict(json.loads(metadata[DIFFUSERS_METADATA]).items())
         found: dict[str, float] = {}
         for component in ("unet", "text_encoder", "text_encoder_2"):
             if f"{component}.lora_alpha" in config:

@@ -16,7 +16,9 @@ from torch import Tensor
 from craft_fast import rng
 from craft_fast.config import ExportSettings, ModelSettings, Settings, TrainSettings
 from craft_fast.errors import IntegrityError
-from craft_fast.export import check_fit, export_lora, lora_tensors
+from craft_fast.export import adapter_of_state, check_fit, export_lora, stamp
+from craft_fast.lora.adapter import Adapter
+from craft_fast.lora.reading import read_adapter
 from craft_fast.qlora.lora import add_lora, lora_state_dict
 from craft_fast.sdxl.load import SdxlModel, load_sdxl
 from craft_fast.sdxl.unet import is_pristine, pristine_unet, stored_shapes, tuned_unet
@@ -34,12 +36,12 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def make_settings(
-    folder: Path, *, rank: int = 4, alpha: float = 4.0, dtype: str = "float32", method: str = "lora"
+    folder: Path, *, rank: int = 4, alpha: float = 4.0, dtype: str = "float32", method: str = "lora", **export: Any
 ) -> Settings:
     return Settings(
         model=ModelSettings(path=str(folder)),
         train=TrainSettings(rank=rank, lora_alpha=alpha, method=method),  # type: ignore[arg-type]
-        export=ExportSettings(name="mine", dtype=dtype),  # type: ignore[arg-type]
+        export=ExportSettings(name="mine", dtype=dtype, **export),  # type: ignore[arg-type]
     )
 
 
@@ -65,23 +67,39 @@ def unet_output(unet: Any, cross: int = 64) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (4, 8.0), (6, 2.5)])
-def test_diffusers_loads_what_was_trained(run: Run, sdxl_folder: Path, rank: int, alpha: float) -> None:
-    settings = make_settings(sdxl_folder, rank=rank, alpha=alpha)
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4.0), (6, 2.5)])
+def test_diffusers_loads_what_was_trained_in_both_formats(run: Run, sdxl_folder: Path, rank: int, alpha: float) -> None:
+    settings = make_settings(sdxl_folder, rank=rank, alpha=alpha, format="both")
     model = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
     base = unet_output(model.unet)
     state, unet = trained(model, settings)
     expected = unet_output(unet)
     assert (expected - base).abs().max() > 1e-2
-    ref = export_lora(run, state, settings=settings, metadata={})
-    assert ref == run.ref(run.path("lora", "mine.safetensors"))
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
-    pipe.load_lora_weights(run.path(ref.path))
-    assert (unet_output(pipe.unet) - expected).abs().max() < 1e-5
-    with tuned_unet(model, run.path(ref.path)) as tuned:
-        assert torch.equal(unet_output(tuned), unet_output(pipe.unet))
+    written = export_lora(run, state, settings=settings, metadata={})
+    assert written.path == "lora/mine.safetensors"
+    assert [ref.path for ref in written.also] == ["lora/mine-diffusers.safetensors"]
+    outputs = []
+    for path in (run.path(written.path), run.path(written.also[0].path)):
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+        pipe.load_lora_weights(path)
+        outputs.append(unet_output(pipe.unet))
+        assert (outputs[-1] - expected).abs().max() < 1e-5
+        with tuned_unet(model, path) as tuned:
+            assert torch.equal(unet_output(tuned), outputs[-1])
+        with tuned_unet(model, path, strength=0.5) as half:
+            assert not torch.equal(unet_output(half), outputs[-1])
+        with tuned_unet(model, path, strength=0.0) as none:
+            assert (unet_output(none) - base).abs().max() < 1e-6
+    assert torch.equal(*outputs)
     assert is_pristine(model.unet)
     assert torch.equal(unet_output(model.unet), base)
+    # What is in both files is what was trained, to the bit.
+    for path in (run.path(written.path), run.path(written.also[0].path)):
+        for name, layer in read_adapter(path, model.unet.config).layers.items():
+            module = name.removeprefix("unet.")
+            assert torch.equal(layer.down, state[f"{module}.lora_A.weight"])
+            assert torch.equal(layer.up, state[f"{module}.lora_B.weight"])
+            assert layer.alpha == alpha
 
 
 def test_the_same_state_gives_the_same_bytes_and_a_header(run: Run, sdxl_folder: Path, sdxl: SdxlModel) -> None:
@@ -92,17 +110,90 @@ def test_the_same_state_gives_the_same_bytes_and_a_header(run: Run, sdxl_folder:
     assert first == again
     with safe_open(run.path(first.path), "pt") as file:
         header = file.metadata()
-    assert header["craft_fast.seed"] == "3"
-    assert (header["craft_fast.rank"], header["craft_fast.lora_alpha"]) == ("4", "8.0")
+    assert header["craft.seed"] == "3"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "8.0")
+    assert header["ss_output_name"] == "mine"
+    assert header["modelspec.prediction_type"] == "epsilon"
     assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert header["ss_base_model_version"].startswith("sdxl_")
 
 
-def test_the_scale_is_in_lora_b() -> None:
-    state = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(4, 2)}
-    tensors = lora_tensors(state, scale=0.5, dtype=torch.float16)
-    assert torch.equal(tensors["unet.a.lora_A.weight"], torch.ones(2, 3, dtype=torch.float16))
-    assert torch.equal(tensors["unet.a.lora_B.weight"], torch.full((4, 2), 0.5, dtype=torch.float16))
+def test_scores_are_stamped_in_and_tensors_stay(run: Run, sdxl_folder: Path) -> None:
+    settings = make_settings(sdxl_folder, format="both")
+    state, _ = trained(load_sdxl(sdxl_folder, device="cpu", dtype="float32"), settings)
+    written = export_lora(run, state, settings=settings, metadata={"seed": 3})
+    refs = [run.ref(run.path(written.path)), *written.also]
+    before = [load_safetensors(run.path(ref.path)) for ref in refs]
+    facts = {"scores": {"h": {"base_mean": 0.25, "tuned_mean": 0.5}}}
+    stamped = stamp(run, refs, facts)
+    for ref, tensors in zip(stamped, before, strict=True):
+        assert ref == run.ref(run.path(ref.path))
+        after = load_safetensors(run.path(ref.path), expect_sha256=ref.sha256)
+        assert all(torch.equal(value, after[name]) for name, value in tensors.items())
+        with safe_open(run.path(ref.path), "pt") as file:
+            said = file.metadata()
+        assert json.loads(said["craft.scores"]) == facts["scores"]
+        assert said["craft.seed"] == "3"
+    # A kill before the record: the file says it already, under the old digest. And what is exported anew has it in.
+    assert stamp(run, refs, facts) == stamped
+    again = export_lora(run, state, settings=settings, metadata={"seed": 3, **facts})
+    assert [run.ref(run.path(again.path)), *again.also] == stamped
+    path = run.path(written.path)
+    flipped = {name: value + 1 for name, value in before[0].items()}
+    with safe_open(path, "pt") as file:
+        atomic.write_safetensors(path, flipped, file.metadata())
+    with pytest.raises(IntegrityError, match="not what was written"):
+        stamp(run, stamped[:1], facts)
+
+
+def test_a_lower_rank_is_written_with_its_error(run: Run, sdxl_folder: Path) -> None:
+    settings = make_settings(sdxl_folder, alpha=8.0)
+    lower = settings.model_copy(update={"export": settings.export.model_copy(update={"rank": 2})})
+    state, _ = trained(load_sdxl(sdxl_folder, device="cpu", dtype="float32"), settings)
+    written = export_lora(run, state, settings=lower, metadata={})
+    assert written.notes is not None
+    assert 0.05 < written.notes["resize_error"] < 1
+    with safe_open(run.path(written.path), "pt") as file:
+        assert file.metadata()["craft.rank_resize_error"] == str(written.notes["resize_error"])
+        assert file.metadata()["ss_network_dim"] == "2"
+        downs = [file.get_slice(name).get_shape() for name in file.keys() if "lora_down" in name]  # noqa: SIM118
+    assert {shape[0] for shape in downs} == {2}
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_the_whole_model_with_the_lora_in_it(run: Run, sdxl_folder: Path, form: str) -> None:
+    settings = make_settings(sdxl_folder, alpha=2.0, merged=form)
+    model = load_sdxl(sdxl_folder, device="cpu", dtype="float32")
+    state, unet = trained(model, settings)
+    expected = unet_output(unet)
+    written = export_lora(run, state, settings=settings, metadata={})
+    assert written.notes is not None
+    path = run.path(written.notes["merged"])
+    config = str(sdxl_folder)
+    merged = load_sdxl(path, device="cpu", dtype="float32", config=config, prediction_type="epsilon")
+    assert (unet_output(merged.unet) - expected).abs().max() < 1e-4
+    assert [ref.path for ref in written.also] == ([written.notes["merged"]] if form == "file" else [])
+
+
+def test_a_check_that_fails_leaves_no_file_and_names_the_key(
+    run: Run, sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from craft_fast.lora import writing
+
+    settings = make_settings(sdxl_folder)
+    state, _ = trained(load_sdxl(sdxl_folder, device="cpu", dtype="float32"), settings)
+    made = writing.kohya_tensors
+
+    def misnamed(adapter: Adapter, config: Any = None) -> dict[str, Tensor]:
+        tensors = made(adapter, config)
+        key = next(iter(tensors))
+        return {**{k: v for k, v in tensors.items() if k != key}, key.replace("input", "inptu"): tensors[key]}
+
+    monkeypatch.setattr(writing, "kohya_tensors", misnamed)
+    with pytest.raises(IntegrityError, match="lora_unet_inptu_blocks") as refused:
+        export_lora(run, state, settings=settings, metadata={})
+    assert refused.value.exit_code == 6
+    assert not run.path("lora", "mine.safetensors").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -112,6 +203,7 @@ def test_smaller_dtypes(run: Run, sdxl_folder: Path, dtype: str) -> None:
     ref = export_lora(run, state, settings=settings, metadata={})
     tensors = load_safetensors(run.path(ref.path))
     assert {str(value.dtype) for value in tensors.values()} == {f"torch.{dtype}"}
+    assert float(next(value for name, value in tensors.items() if name.endswith(".alpha"))) == 4.0
 
 
 def test_a_whole_unet(run: Run, sdxl_folder: Path) -> None:
@@ -194,8 +286,9 @@ def test_a_file_that_reads_back_differently_is_refused(
         return write(path, damaged, metadata)
 
     monkeypatch.setattr(atomic, "write_safetensors", flip)
-    with pytest.raises(IntegrityError, match="reads back differently"):
+    with pytest.raises(IntegrityError, match="does not load as it should") as refused:
         export_lora(run, state, settings=settings, metadata={})
+    assert "reads back differently" in refused.value.why
     assert not run.path("lora", "mine.safetensors").exists()
 
 
@@ -220,7 +313,8 @@ def test_shapes_come_from_the_header(sdxl_folder: Path, sdxl: SdxlModel) -> None
     expected = {name: tuple(value.shape) for name, value in sdxl.unet.state_dict().items()}
     assert stored_shapes(sdxl_folder / "unet") == expected
     with pytest.raises(IntegrityError, match="empty"):
-        check_fit({}, expected, where="here")
+        adapter_of_state({}, alpha=1.0, dtype=torch.float32)
+    check_fit(Adapter({}), expected, where="here")
 
 
 def test_the_config_travels_with_a_whole_unet(run: Run, sdxl_folder: Path, sdxl: SdxlModel) -> None:
