@@ -1,6 +1,8 @@
 """One HTML file that needs no network, and the same as JSON: did it get better, by how much, at what cost?
 
-``inputs`` reads the run, ``figures`` does the arithmetic, ``charts`` draws, ``page`` lays out. No torch here.
+``inputs`` reads the run; ``figures`` and ``agreement`` do the arithmetic, ``advice`` draws conclusions; ``charts``,
+``images`` and ``text`` make what a page is made of; ``pictures``, ``judges``, ``table``, ``selection``, ``training``
+and ``facts`` are its parts, ``page`` their order, ``document`` the frame that other pages use too. No torch here.
 """
 
 from __future__ import annotations

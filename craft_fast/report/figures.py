@@ -49,12 +49,14 @@ class FunnelStep:
         left: variants that neither this condition nor one before it has rejected.
         alone: variants that meet this condition.
         asked: variants that were held against it; a lazy reward is asked about those alone that others let through.
+        only: variants that this condition alone rejects, of those that every reward was asked about.
     """
 
     label: str
     left: int
     alone: int
     asked: int
+    only: int = 0
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
@@ -76,7 +78,12 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 def is_rate(row: EvalRow) -> bool:
     """Whether a metric's means are rates from 0 to 1 that read best as per cent (the oracle's are)."""
-    return row.metric == "oracle" or row.metric.startswith("oracle_")
+    return is_rate_name(row.metric)
+
+
+def is_rate_name(metric: str) -> bool:
+    """Whether the metric of this name is a rate."""
+    return metric == "oracle" or metric.startswith("oracle_")
 
 
 def is_measured(row: EvalRow) -> bool:
@@ -89,6 +96,13 @@ def primary_row(rows: Sequence[EvalRow]) -> EvalRow | None:
     """The metric that the headline is about: the oracle, else the first held-out one, else the first."""
     held_out = [row for row in rows if row.held_out] or list(rows)
     return next((row for row in held_out if row.metric == "oracle"), held_out[0] if held_out else None)
+
+
+def ranking_metric(rows: Sequence[EvalRow]) -> str:
+    """The judge by which prompts are ranked, worst first: a held-out one whose scores are finer than pass and fail."""
+    row = primary_row(rows)
+    fine = [item.metric for item in rows if item.held_out and not is_rate(item)]
+    return fine[0] if fine else row.metric if row is not None else ""
 
 
 def verdict(rows: Sequence[EvalRow]) -> Verdict:
@@ -163,7 +177,11 @@ def funnel(selections: Sequence[Selection], rewards: Sequence[str]) -> list[Funn
     for name in sorted(rewards, key=lambda name: -asked[name]):
         left = [row for row in left if row.passed.get(name, True)]
         alone = sum(row.passed.get(name, False) for row in variants)
-        steps.append(FunnelStep(name, len(left), alone, asked[name]))
+        others = [other for other in rewards if other != name]
+        only = sum(
+            not row.passed.get(name, True) and all(row.passed.get(other, False) for other in others) for row in variants
+        )
+        steps.append(FunnelStep(name, len(left), alone, asked[name], only))
     accepted = sum(row.accepted for row in selections)
     return [*steps, FunnelStep("accepted", accepted, accepted, len(variants))]
 

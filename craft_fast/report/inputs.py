@@ -18,6 +18,7 @@ import yaml
 import craft_fast
 from craft_fast.errors import CraftError
 from craft_fast.records import Candidate, EvalRow, FileRef, Provenance, Selection, StageRow
+from craft_fast.rng import derive_seed
 from craft_fast.store.run import read_log
 
 if TYPE_CHECKING:
@@ -46,13 +47,30 @@ class ReportInputs:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One held-out prompt before and after, same seed; scores by reward."""
+    """One held-out prompt before and after, same noise.
 
+    Attributes:
+        prompt_id: of the prompt.
+        prompt: its text.
+        noise_seed: of both pictures.
+        base: picture; None where there is no such file any more.
+        tuned: likewise.
+        base_scores: by reward.
+        tuned_scores: by reward.
+    """
+
+    prompt_id: str
     prompt: str
-    base: Path
-    tuned: Path
+    noise_seed: int
+    base: Path | None
+    tuned: Path | None
     base_scores: Mapping[str, float]
     tuned_scores: Mapping[str, float]
+
+    @property
+    def pictures(self) -> tuple[Path, Path] | None:
+        """Both pictures, or None where one is not there."""
+        return (self.base, self.tuned) if self.base is not None and self.tuned is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +162,10 @@ def gather(run: Run, settings: Settings, inputs: ReportInputs) -> ReportData:
         scores=manifest.scores(reward_keys, [row.candidate_id for row in candidates]),
         selections=manifest.selections(inputs.filter),
         evaluation=manifest.eval_rows(inputs.evaluate),
-        pairs=_pairs(run, inputs),
+        pairs=_pairs(run, inputs, settings),
         grid_prompts=settings.report.grid_prompts,
         total_of=_total_of(manifest),
-        strips=_strips(run, inputs, settings.train.steps),
+        strips=_strips(run, inputs, settings.train.steps, same_noise=settings.evaluate.seed in (None, settings.seed)),
         losses=_losses(run, inputs.train),
         versions=_versions(),
         reward_keys=reward_keys,
@@ -169,31 +187,37 @@ def _provenances(
     return {name: list({**candidates.get(name, {}), **pairs.get(name, {})}) for name in settings.rewards}
 
 
-def _pairs(run: Run, inputs: ReportInputs) -> list[Pair]:
-    """Held-out prompts with an image on both sides, in the file's order."""
+def _pairs(run: Run, inputs: ReportInputs, settings: Settings) -> list[Pair]:
+    """Held-out prompts that have scores or pictures on both sides, in the file's order."""
     files = [run.manifest.files(*inputs.images[side]) if side in inputs.images else {} for side in SIDES]
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for side, prompt_id, reward, value in run.manifest.eval_scores(inputs.evaluate):
         scores.setdefault((side, prompt_id), {})[reward] = value
+    root = settings.seed if settings.evaluate.seed is None else settings.evaluate.seed
     pairs = []
     for group in run.manifest.groups(inputs.expand, "heldout"):
         prompt_id = group.prompt.prompt_id
-        if all(prompt_id in side for side in files):
-            base, tuned = (run.path(side[prompt_id].path) for side in files)
-            if base.is_file() and tuned.is_file():
-                before, after = (scores.get((side, prompt_id), {}) for side in SIDES)
-                pairs.append(Pair(group.prompt.text, base, tuned, before, after))
+        paths = [run.path(side[prompt_id].path) if prompt_id in side else None for side in files]
+        base, tuned = (path if path is not None and path.is_file() else None for path in paths)
+        before, after = (scores.get((side, prompt_id), {}) for side in SIDES)
+        if (base and tuned) or (before and after):
+            # As evaluate derives it.
+            seed = derive_seed(root, "evaluate", prompt_id)
+            pairs.append(Pair(prompt_id, group.prompt.text, seed, base, tuned, before, after))
     return pairs
 
 
-def _strips(run: Run, inputs: ReportInputs, last_step: int) -> list[Strip]:
-    """Pictures that training drew at intervals, between the base model's and the tuned one's where those are there."""
+def _strips(run: Run, inputs: ReportInputs, last_step: int, *, same_noise: bool) -> list[Strip]:
+    """Pictures that training drew at intervals, between the base model's and the tuned one's where those are there.
+
+    Training draws from the run's seed; evaluated pictures of another one (``evaluate.seed``) are no part of the row.
+    """
     by_prompt: dict[str, dict[int, Path]] = {}
     for name, ref in run.manifest.files("sample", "train").items():
         step, _, prompt_id = name.partition("/")
         if step.isdecimal() and run.path(ref.path).is_file():
             by_prompt.setdefault(prompt_id, {})[int(step)] = run.path(ref.path)
-    ends = {side: run.manifest.files(*where) for side, where in inputs.images.items()}
+    ends = {side: run.manifest.files(*where) for side, where in inputs.images.items()} if same_noise else {}
     strips = []
     for group in run.manifest.groups(inputs.expand, "heldout"):
         prompt_id = group.prompt.prompt_id
@@ -245,6 +269,11 @@ def _model_digest(model: ModelSettings) -> str | None:
 
 
 def _loras(run: Run) -> list[FileRef]:
+    """The exported files, the one to use first; their digests are the export's, not taken again of many GiB."""
+    row = run.manifest.stage("export")
+    if row is not None and row.state == "done" and "path" in row.info:
+        main = FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
+        return [main, *(FileRef(**ref) for ref in row.info.get("also", ()))]
     folder = run.path("lora")
     return [run.ref(path) for path in sorted(folder.rglob("*.safetensors"))] if folder.is_dir() else []
 

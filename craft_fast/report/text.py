@@ -51,6 +51,13 @@ def signed(value: float, digits: int = 3) -> str:
     return ("+" if value > 0 else "") + number(value, digits)
 
 
+def fixed(value: float, decimals: int, *, sign: bool = False) -> str:
+    """A figure with so many decimals, as figures in a column are, with a true minus sign."""
+    text = f"{value:{'+' if sign else ''}.{decimals}f}"
+    # Rounded to nothing is neither up nor down.
+    return (text if float(text) else text.lstrip("+-")).replace("-", "\u2212")
+
+
 def percent(rate: float, digits: int = 1) -> str:
     """A rate from 0 to 1 as per cent."""
     return f"{100 * rate:.{digits}f} %".replace("-", "\u2212")
@@ -77,3 +84,13 @@ def duration(seconds: float) -> str:
 
 def _exponent(size: float) -> int:
     return int(f"{size:e}".partition("e")[2])
+
+
+def breakable(name: str) -> str:
+    """A name of a reward or a setting: escaped, and free to go on in the next line after an underscore or a dot."""
+    return esc(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
+
+
+def shortened(text: str, most: int) -> str:
+    """At most ``most`` characters of a text, not escaped; an ellipsis stands for the rest."""
+    return text if len(text) <= most else f"{text[: most - 1].rstrip()}\u2026"
