@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from craft_cli import completion
 from craft_cli import options as opt
 from craft_cli.commands import (
     bench,
@@ -38,6 +39,7 @@ from craft_cli.commands import (
     score,
     status,
     train,
+    try_,
     verify,
 )
 from craft_cli.commands import (
@@ -120,6 +122,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "report": (report.report, report.HELP),
     "dataset": (dataset.dataset, dataset.HELP),
     "compare": (compare.compare, compare.HELP),
+    "try": (try_.try_, try_.HELP),
 }
 for _name, (_command, _help) in _COMMANDS.items():
     app.command(_name, help=_help)(guard(_command))
@@ -184,4 +187,6 @@ app.add_typer(_lora)
 
 def main() -> None:
     """Entry point of the ``craft-fast`` script."""
+    if completion.asked_by_bash():
+        completion.answer_bash(app)
     app(prog_name="craft-fast", args=sys.argv[1:])

@@ -1,1 +1,0 @@
-"""One picture grid of a LoRA at several strengths."""
