@@ -1,29 +1,38 @@
-"""A folder of own pictures with captions: what is in it, as groups of candidates. Nothing is decoded; no torch here.
+"""A folder of own pictures with captions: what is in it and what is amiss. Nothing is decoded; no torch here.
 
 Pictures of one caption are the members 1..n of its group; member 0 is what the model draws from the caption itself,
-which they must beat (design.md section 1 item 2). A folder whose ``metadata.jsonl`` gives weights, as the command
-``dataset`` writes it, is taken as it is: its selection and weights are the run's.
+which they must beat (design.md section 1 item 2). A folder whose metadata gives weights, as the command ``dataset``
+writes it, is taken as it is: its selection and weights are the run's. ``own_groups`` makes groups of it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+import difflib
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from craft_fast.config import ImagesSettings
-from craft_fast.errors import ConfigError
-from craft_fast.picture_folders import Found, find_pictures, give_prompts
+from craft_fast.errors import ConfigError, CraftError, IntegrityError, UsageError
+from craft_fast.own_metadata import Facts, Tables, is_finite, name_key, read_tables
+from craft_fast.picture_folders import BESIDE, SUFFIXES, Found, Picture, find_pictures
+from craft_fast.picture_tables import read_text
+from craft_fast.progress import Progress, Silent
 from craft_fast.prompt_lines import clean_text, excerpt, prompt_id
-from craft_fast.records import Candidate, Group, Prompt, Selection, Variant
 from craft_fast.store.digest import digest_json, sha256_once
 from craft_fast.store.run import resolve_uri
 
-METADATA = "metadata.jsonl"
-_SHOWN = 12
+# Held-out prompts of the run that a dataset was written from; read where prompts.heldout_file names none.
+HELD_OUT = "heldout.jsonl"
+_OTHER_SUFFIXES = (".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl", ".jfif", ".ppm", ".tga")
+_VARIANT_CHARS = 4000
+_SHOWN = 200
+
+_CAPTION = "write NAME.txt beside each picture, or metadata.jsonl with file_name and text"
+_WEIGH = "weigh them all, or --set images.weights=score, which scores and weighs every picture here"
+_MEND = "mend them or take them out of the folder; PNG, JPEG and WebP of at most 64 megapixels are read"
+_RENAME = "rename one of each, since some systems take them for one file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +41,7 @@ class OwnPicture:
 
     Attributes:
         name: path below the folder, POSIX.
-        sha256: of the file.
+        sha256: of the file; '' where nothing was to be hashed.
         prompt: what it is of, and what the rewards see.
         variant: a richer text it was made from, where the folder's metadata has one; else the prompt.
         member: its number in its group, from 1.
@@ -50,6 +59,23 @@ class OwnPicture:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a picture of the folder cannot be taken.
+
+    Attributes:
+        name: of the picture, fit for a screen.
+        why: what is amiss.
+        remedy: what to do.
+        damaged: the file itself is no picture that can be read.
+    """
+
+    name: str
+    why: str
+    remedy: str
+    damaged: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class OwnFolder:
     """What a folder of own pictures holds.
 
@@ -57,63 +83,29 @@ class OwnFolder:
         root: the folder.
         pictures: by group, in the order in which their captions come.
         weighted: the metadata's weights and selection are taken as they are.
+        problems: pictures that cannot be taken; ``require_sound`` refuses them all at once.
         notes: what a person should know.
     """
 
     root: Path
     pictures: tuple[OwnPicture, ...]
     weighted: bool
+    problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
+    def content(self) -> str:
+        """Digest of everything that decides the candidates, never of where the folder is or what a file is called."""
+        rows = [[p.sha256, p.prompt, p.variant, p.member] for p in self.pictures]
+        return digest_json([rows, self.weighted, [[p.name, p.why] for p in self.problems]])
+
+    @property
     def digest(self) -> str:
-        """Digest of everything that decides a run: content and texts, never where the folder is."""
-        rows = [[p.sha256, p.prompt, p.variant, p.member, p.weight, p.advantage] for p in self.pictures]
-        return digest_json([rows, self.weighted])
+        """The same with the weights."""
+        return digest_json([self.content, [[p.weight, p.advantage] for p in self.pictures]])
 
 
 # ---- the folder
-
-
-def read_folder(settings: ImagesSettings, max_chars: int = 2000) -> OwnFolder:
-    """List the pictures with their captions; nothing is decoded.
-
-    Args:
-        settings: ``folder`` and ``weights``.
-        max_chars: longest caption.
-
-    Raises:
-        ConfigError: no such folder, pictures without captions, captions that cannot be used, or metadata with weights
-            for some pictures alone; UsageError: no picture at all; IntegrityError: a file that cannot be read.
-    """
-    root = own_root(settings)
-    found = find_pictures([root])
-    known = _metadata(root / METADATA)
-    try:
-        give_prompts(found)
-    except ConfigError as error:
-        error.hint = f"write NAME.txt beside each picture, or {METADATA} with file_name and text"
-        raise
-    weighted = settings.weights == "auto" and _all_weighted(found, known, root)
-    rows, problems = [], []
-    for picture in found.pictures:
-        row = known.get(picture.name, {})
-        text, reason = clean_text(str(row.get("prompt") or picture.prompts[0]), max_chars)
-        if reason:
-            problems.append(f"{excerpt(picture.name, 100)}: {reason}")
-        rows.append((picture, row, text))
-    if problems:
-        raise ConfigError(
-            f"{len(problems)} captions cannot be used", where=str(root), why=listed(problems), hint="mend them"
-        )
-    notes = [*found.notes, *_texts_notes(found)]
-    pictures = _in_groups(rows, weighted)
-    if not weighted and (alone := _alone(pictures)):
-        notes.append(
-            f"{alone} captions have one picture alone: its advantage is +1 or -1, however good it is "
-            "(several pictures a caption say more)"
-        )
-    return OwnFolder(root, tuple(pictures), weighted, tuple(notes))
 
 
 def own_root(settings: ImagesSettings) -> Path:
@@ -125,80 +117,219 @@ def own_root(settings: ImagesSettings) -> Path:
     named = settings.folder or ""
     root = Path(resolve_uri(named)) if named.startswith("package:") else Path(named).expanduser().absolute()
     if not root.is_dir():
+        beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
+        close = difflib.get_close_matches(root.name, beside, n=1)
+        guess = f"did you mean {root.parent / close[0]}? " if close else ""
         raise ConfigError(
-            "There is no such folder of pictures", where=f"images.folder={settings.folder}",
-            hint="--images DIR names it; a folder that was moved may be named anew: nothing is done again",
+            "There is no such folder of pictures", where=f"images.folder={excerpt(named, 200)}",
+            hint=f"{guess}--images DIR names it; one that was moved may be named anew: nothing is done again",
         )  # fmt: skip
     return root
 
 
-def _texts_notes(found: Found) -> list[str]:
-    several = sum(len(picture.prompts) > 1 for picture in found.pictures)
-    return [f"{several} pictures have several captions; the first is taken"] if several else []
+def read_folder(
+    settings: ImagesSettings, max_chars: int = 2000, *, hashed: bool = True, progress: Progress | None = None
+) -> OwnFolder:
+    """List the pictures with their captions and weights; nothing is decoded.
 
+    Args:
+        settings: ``folder`` and ``weights``.
+        max_chars: longest caption.
+        hashed: take the sha256 of every picture.
+        progress: counts what is hashed.
 
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of ``metadata.jsonl`` by file name; empty where there is none."""
-    if not path.is_file():
-        return {}
-    rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                rows[str(Path(str(row["file_name"])).as_posix())] = row
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ConfigError(
-                    "A line of the pictures' metadata cannot be read", where=f"{path}, line {number}", why=str(error),
-                    hint="each line is a JSON object with file_name and text",
-                ) from error  # fmt: skip
-    return rows
-
-
-def _all_weighted(found: Found, known: Mapping[str, Mapping[str, Any]], root: Path) -> bool:
-    """Whether the metadata weighs the pictures; then it must weigh all of them, with finite numbers."""
-    weights = {picture.name: known.get(picture.name, {}).get("weight") for picture in found.pictures}
-    there = {name: value for name, value in weights.items() if value is not None}
-    if not there:
-        return False
-    lacking = [name for name in weights if name not in there]
-    bad = [name for name, value in there.items() if not _is_number(value)]
-    if lacking or bad:
-        what = "have no weight" if lacking else "have a weight that is no finite number"
-        names = lacking or bad
-        raise ConfigError(
-            f"{len(names)} of {len(weights)} pictures {what}",
-            where=str(root / METADATA),
-            why=listed([excerpt(name, 100) for name in names]),
-            hint="weigh them all, or --set images.weights=score, which scores and weighs every picture here",
+    Raises:
+        ConfigError: no such folder, or a table that cannot be read; UsageError: no picture at all.
+    """
+    root = own_root(settings)
+    problems, notes = _strange(root)
+    found = _found(root, problems)
+    tables = read_tables(root, [picture.path for picture in found.pictures])
+    problems += [
+        Problem(excerpt(name, 100), f"named twice ({where})", _CAPTION) for name, where in tables.twice.items()
+    ]
+    problems += _same_names(found.pictures)
+    listed = [(picture, tables.rows.get(name_key(picture.name), Facts(""))) for picture in found.pictures]
+    weighted = settings.weights == "auto" and any(facts.weight is not None for _, facts in listed)
+    rows, left_out = _wanted(listed, weighted)
+    notes += [*found.notes, *left_out, *_gone(tables, found.pictures)]
+    if weighted:
+        problems += _bad_weights(rows)
+    pictures = _in_groups(rows, weighted, max_chars, problems, hashed, progress or Silent())
+    if not rows and not problems:
+        raise UsageError("No picture is left", where=str(root), why="; ".join(left_out))
+    if not weighted and (alone := _alone(pictures)):
+        notes.append(
+            f"{alone} captions have one picture alone: its advantage is +1 or -1, however good it is "
+            "(several pictures a caption say more)"
         )
-    return True
+    return OwnFolder(root, tuple(pictures), weighted, tuple(dict.fromkeys(problems)), tuple(notes))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _found(root: Path, problems: Sequence[Problem]) -> Found:
+    try:
+        return find_pictures([root])
+    except UsageError:
+        if problems:  # pictures that cannot be read are all there are
+            return Found()
+        raise
 
 
-def _in_groups(rows: Sequence[tuple[Any, Mapping[str, Any], str]], weighted: bool) -> list[OwnPicture]:
+def _strange(root: Path) -> tuple[list[Problem], list[str]]:
+    """Names of pictures that are no files that can be read, and folders that are not looked into."""
+    problems, notes = [], []
+    for here, folders, files in os.walk(root):
+        shown = [name for name in folders if not name.startswith(".")]
+        if linked := [Path(here, name) for name in shown if Path(here, name).is_symlink()]:
+            names = ", ".join(excerpt(path.relative_to(root).as_posix(), 60) for path in linked[:5])
+            notes.append(f"{len(linked)} linked folders are not looked into: {names}")
+        folders[:] = [name for name in shown if Path(here, name) not in linked]
+        for name in sorted(files):
+            if why := _why_strange(Path(here, name)):
+                problems.append(Problem(_shown(Path(here, name).relative_to(root).as_posix()), why, _MEND, True))
+    return problems, notes
+
+
+def _why_strange(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if path.name.startswith(".") or suffix not in (*SUFFIXES, *_OTHER_SUFFIXES):
+        return ""
+    if suffix in _OTHER_SUFFIXES:
+        return f"{suffix[1:]} is not read"
+    try:
+        regular = path.is_file()
+    except OSError as error:  # some loops of links
+        return str(error.strerror)
+    if not regular:
+        return "a link that leads nowhere" if path.is_symlink() else "no regular file"
+    return ""
+
+
+def _same_names(pictures: Sequence[Picture]) -> Iterator[Problem]:
+    by_name: dict[str, list[str]] = {}
+    for picture in pictures:
+        by_name.setdefault(name_key(picture.name).casefold(), []).append(picture.name)
+    for names in by_name.values():
+        first, *others = sorted(names)
+        for name in others:
+            yield Problem(_shown(name), f"the same name as {_shown(first)} but for its letters' case", _RENAME)
+
+
+def _shown(name: str) -> str:
+    return excerpt(name, 100)
+
+
+# ---- what of it is wanted
+
+Rows = Sequence[tuple[Picture, Facts]]
+
+
+def _wanted(rows: Rows, weighted: bool) -> tuple[Rows, list[str]]:
+    """Without what a dataset of a whole run (``--all``) holds besides: base pictures and rejected ones."""
+    notes = []
+    if weighted:
+        kept = [(picture, facts) for picture, facts in rows if not facts.rejected]
+        if left := len(rows) - len(kept):
+            notes.append(f"{left} pictures that metadata has as rejected are left out")
+    else:
+        kept = [(picture, facts) for picture, facts in rows if not (facts.exported and facts.member == 0)]
+        if left := len(rows) - len(kept):
+            notes.append(f"{left} pictures drawn from base prompts are left out: this run's model draws its own")
+    return kept, notes
+
+
+def _gone(tables: Tables, pictures: Sequence[Picture]) -> list[str]:
+    lost = sorted(set(tables.rows) - {name_key(picture.name) for picture in pictures})
+    if not lost:
+        return []
+    more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+    named = ", ".join(map(_shown, lost[:5]))
+    return [f"{len(lost)} pictures that metadata names are not there, and are left out: {named}{more}"]
+
+
+def _bad_weights(rows: Rows) -> Iterator[Problem]:
+    """Where weights come with the pictures all must have one, and their mean must be positive."""
+    bad = False
+    for picture, facts in rows:
+        if facts.weight is None:
+            yield Problem(_shown(picture.name), f"no weight, others have one {facts.where}".rstrip(), _WEIGH)
+        elif not is_finite(facts.weight):
+            found = excerpt(repr(facts.weight), 40)
+            yield Problem(_shown(picture.name), f"weight {found} ({facts.where}): finite, at most 1e9", _WEIGH)
+        bad = bad or not is_finite(facts.weight)
+    if not bad and rows and sum(facts.weight for _, facts in rows) < 1e-12 * len(rows):
+        mean = sum(facts.weight for _, facts in rows) / len(rows)
+        yield Problem("all", f"the mean of their weights, {mean:.3g}, is not positive", _WEIGH)
+
+
+def _in_groups(
+    rows: Rows, weighted: bool, max_chars: int, problems: list[Problem], hashed: bool, progress: Progress
+) -> list[OwnPicture]:
     """Pictures by caption; members as the metadata numbers them where it does so without a clash."""
-    groups: dict[str, list[tuple[Any, Mapping[str, Any], str]]] = {}
-    for one in rows:
-        groups.setdefault(prompt_id(one[2]), []).append(one)
+    groups: dict[str, list[tuple[Picture, Facts, str, str]]] = {}
+    with progress.task("own pictures", len(rows), "pictures") as task:
+        for picture, facts in rows:
+            sha256, bad = _sha256(picture.path, hashed)
+            text, reason = _prompt(picture, facts, max_chars)
+            if not _utf8(picture.name):
+                bad = "its name is no UTF-8"
+            if bad:
+                problems.append(Problem(_shown(picture.name), bad, _MEND, damaged=True))
+            if reason:
+                problems.append(Problem(_shown(picture.name), reason, _CAPTION))
+            if not bad and not reason:
+                groups.setdefault(prompt_id(text), []).append((picture, facts, text, sha256))
+            task.advance()
     pictures = []
     for members in groups.values():
-        told = [row.get("member") for _, row, _ in members]
-        own = all(isinstance(m, int) and not isinstance(m, bool) and m >= 1 for m in told) and len({*told}) == len(told)
-        for number, (picture, row, text) in enumerate(members, 1):
-            member = int(row["member"]) if own else number
-            variant, bad = clean_text(str(row.get("variant") or text), 4000)
+        told = [facts.member for _, facts, _, _ in members]
+        numbered = all(told) and len({*told}) == len(told)
+        for number, (picture, facts, text, sha256) in enumerate(members, 1):
+            variant, bad = clean_text(facts.variant, _VARIANT_CHARS)
+            given = weighted and is_finite(facts.weight)
             pictures.append(
                 OwnPicture(
-                    picture.name, sha256_once(picture.path), text, text if bad else variant, member,
-                    float(row["weight"]) if weighted else None,
-                    float(row["advantage"]) if weighted and _is_number(row.get("advantage")) else None,
+                    picture.name, sha256, text, text if bad else variant,
+                    facts.member if numbered and facts.member else number,
+                    float(facts.weight) if given else None, facts.advantage if given else None,
                 )
             )  # fmt: skip
     return pictures
+
+
+def _sha256(path: Path, hashed: bool) -> tuple[str, str]:
+    """The digest, or why there is none."""
+    try:
+        return (sha256_once(path) if hashed else ""), ""
+    except OSError as error:
+        return "", str(error.strerror)
+
+
+def _prompt(picture: Picture, facts: Facts, max_chars: int) -> tuple[str, str]:
+    """What a picture is of, and '' or the reason why it cannot be used.
+
+    NAME.txt or NAME.caption counts before a table, as kohya's trainers have it. Only where it still says what the table
+    has as ``text`` does the table's ``prompt`` stand for both: a caption that was edited by hand is a new one.
+    """
+    beside = next((path for s in BESIDE if (path := picture.path.with_suffix(s)).is_file()), None)
+    try:
+        text = read_text(beside).strip() if beside is not None else facts.text
+    except CraftError as error:
+        told = f"{error.what[0].lower()}{error.what[1:].rstrip('.')}"
+        return "", f"{beside.name if beside else ''}: {told} ({error.why})"
+    if not text:
+        return "", "no caption" if beside is None else f"its caption is empty ({excerpt(beside.name)})"
+    if facts.prompt and text == facts.text.strip():
+        text = facts.prompt
+    cleaned, reason = clean_text(text, max_chars)
+    return cleaned, f"its caption cannot be used: {reason}" if reason else ""
+
+
+def _utf8(name: str) -> bool:
+    try:
+        return bool(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _alone(pictures: Sequence[OwnPicture]) -> int:
@@ -208,53 +339,36 @@ def _alone(pictures: Sequence[OwnPicture]) -> int:
     return sum(count == 1 for count in counts.values())
 
 
-def listed(items: Sequence[str]) -> str:
-    """Lines of an error, the first ones and how many more."""
-    more = f"\n    and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return "".join(f"\n    {item}" for item in items[:_SHOWN]) + more
+# ---- refusal
 
 
-# ---- groups
+def require_sound(folder: OwnFolder, more: Sequence[Problem] = ()) -> None:
+    """Refuse the folder where any of its pictures cannot be taken; all are named at once.
 
+    Args:
+        folder: as ``read_folder`` gave it.
+        more: what decoding found.
 
-def own_groups(folder: OwnFolder) -> list[Group]:
-    """One group a caption; its picture files and weights are in the prompt's ``meta`` under ``own``, by member."""
-    by_prompt: dict[str, list[OwnPicture]] = {}
-    for picture in folder.pictures:
-        by_prompt.setdefault(prompt_id(picture.prompt), []).append(picture)
-    groups = []
-    for line, (key, pictures) in enumerate(by_prompt.items(), 1):
-        own = {
-            str(p.member): {"file": p.name, "sha256": p.sha256, "weight": p.weight, "advantage": p.advantage}
-            for p in pictures
-        }
-        prompt = Prompt(key, pictures[0].prompt, "train", line, {"own": own})
-        drawn = () if folder.weighted else (Variant(key, 0, prompt.text),)
-        groups.append(Group(prompt, (*drawn, *(Variant(key, p.member, p.variant) for p in pictures))))
-    return groups
-
-
-def drawn_part(group: Group) -> Group | None:
-    """What the model draws of a group: member 0, or nothing where the folder's weights are taken."""
-    drawn = tuple(variant for variant in group.variants if str(variant.member) not in group.prompt.meta["own"])
-    return Group(group.prompt, drawn) if drawn else None
-
-
-# ---- weights that the folder gives
-
-
-def given_selections(groups: Sequence[Group], rows: Sequence[Candidate]) -> list[Selection]:
-    """Verdicts of a folder whose weights are taken as they are: all accepted, advantages as given."""
-    own = {(g.prompt.prompt_id, int(m)): entry for g in groups for m, entry in g.prompt.meta["own"].items()}
-    selections = []
-    for row in rows:
-        entry = own[row.prompt_id, row.member]
-        advantage = entry["weight"] if entry["advantage"] is None else entry["advantage"]
-        selections.append(Selection(row.candidate_id, row.prompt_id, row.member, True, {}, 0.0, float(advantage)))
-    return selections
-
-
-def given_weights(groups: Sequence[Group], rows: Sequence[Candidate]) -> dict[str, float]:
-    """Weight of each candidate, as the folder's metadata gives it."""
-    own = {(g.prompt.prompt_id, int(m)): entry for g in groups for m, entry in g.prompt.meta["own"].items()}
-    return {row.candidate_id: float(own[row.prompt_id, row.member]["weight"]) for row in rows}
+    Raises:
+        IntegrityError: files that are damaged, too large or of another kind, and whatever else is amiss beside them.
+        ConfigError: captions, weights or sizes alone.
+    """
+    by_name: dict[str, Problem] = {}
+    for problem in (*folder.problems, *more):
+        before = by_name.get(problem.name)
+        why = problem.why if before is None or problem.why in before.why else f"{before.why}; {problem.why}"
+        damaged = problem.damaged or (before is not None and before.damaged)
+        by_name[problem.name] = Problem(problem.name, why, problem.remedy, damaged)
+    if not by_name:
+        return
+    found = list(by_name.values())
+    kind = IntegrityError if any(problem.damaged for problem in found) else ConfigError
+    hints = dict.fromkeys(problem.remedy for problem in (*folder.problems, *more))
+    lines = [f"\n    {problem.name}: {problem.why}" for problem in found]
+    rest = f"\n    and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    raise kind(
+        f"{len(found)} of the pictures cannot be taken; nothing was done yet",
+        where=str(folder.root),
+        why="".join(lines[:_SHOWN]) + rest,
+        hint="; ".join(hints),
+    )

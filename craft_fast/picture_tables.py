@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ MAX_TEXT_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a table; ``text`` is None where the table has none for it."""
+    """One line of a table; ``text`` is None where the table has none for it, ``values`` are all of its columns."""
 
     line: int
     image: str | None
     text: str | None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_rows(path: Path, what: str) -> Iterator[Row]:
@@ -168,4 +169,4 @@ def _row(line: int, values: Mapping[str, Any]) -> Row:
     def first(keys: tuple[str, ...]) -> str | None:
         return next((values[key] for key in keys if isinstance(values.get(key), str)), None)
 
-    return Row(line, first(IMAGE_KEYS), first(TEXT_KEYS))
+    return Row(line, first(IMAGE_KEYS), first(TEXT_KEYS), values)

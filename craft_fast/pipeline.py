@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from craft_fast.budget import apply_cap, resolve_auto, with_changes
 from craft_fast.config import Settings
-from craft_fast.errors import UsageError
+from craft_fast.errors import UsageError, closest
 from craft_fast.pipeline_keys import expander_cache, input_keys
+from craft_fast.pipeline_own import own_digests
 from craft_fast.pipeline_stages import Stages
 from craft_fast.pipeline_stream import STREAMED, Stream, Work
 from craft_fast.progress import Progress, Silent
@@ -104,13 +105,16 @@ def run_pipeline(
     """
     for name in (until, only):
         if name is not None and name not in STAGES:
-            raise UsageError("There is no such stage", where=name, hint=f"one of: {', '.join(STAGES)}")
+            raise UsageError(
+                "There is no such stage", where=name, hint=f"{closest(name, STAGES)}one of: {', '.join(STAGES)}"
+            )
     progress = progress or Silent()
     settings, saved = _decide(settings, progress)
     bench = Workbench(settings)
     with open_run(Path(root), create=only in (None, "expand", "generate")) as run:
         _save_settings(run, saved)
-        keys = input_keys(settings, expander_cache(run), progress)
+        own = own_digests(settings, run, progress) if settings.images.folder is not None else None
+        keys = input_keys(settings, expander_cache(run), progress, own)
         work = Work(run, settings, keys, bench, progress, should_stop)
         try:
             _run_stages(work, until, only)
@@ -238,22 +242,23 @@ def export_dataset(
     """The accepted pictures of a run as an ordinary dataset; see ``craft_fast.dataset.write_dataset``.
 
     Raises:
-        UsageError: there is no such run, or it has no training set yet.
+        UsageError: there is no such run, or its training set is not there or not of its last settings.
     """
-    from craft_fast.dataset import write_dataset
+    from craft_fast.dataset import Keys, write_dataset
 
     with open_run(Path(root), read_only=True) as run:
+        current = stage_keys(run)
         rows = {row.name: row for row in run.manifest.stages() if row.state == "done"}
-        if "cache" not in rows:
-            raise UsageError(
-                "The samples are not weighed yet", where=str(root),
-                hint=f"craft-fast run --until cache --name {run.root.name}",
-            )  # fmt: skip
-        reward_keys = rows["score"].info.get("reward_keys", {})
-        return write_dataset(
-            run, out, generate_key=rows["generate"].key, filter_key=rows["filter"].key, cache_key=rows["cache"].key,
-            reward_keys=reward_keys, caption=caption, everything=everything, force=force, progress=progress,
-        )  # fmt: skip
+        for name in STAGES[: STAGES.index("cache") + 1]:
+            if name not in rows or rows[name].key != current.get(name):
+                raise UsageError(
+                    "The run's training set is not complete", where=str(root),
+                    why=f"the stage {name} is {'of other settings' if name in rows else 'not done'}",
+                    hint=f"craft-fast run --until cache --name {run.root.name}",
+                )  # fmt: skip
+        expand, generate, _, chosen, cache = (rows[name].key for name in STAGES[: STAGES.index("cache") + 1])
+        keys = Keys(expand, generate, chosen, cache, rows["score"].info.get("reward_keys", {}))
+        return write_dataset(run, out, keys, caption=caption, everything=everything, force=force, progress=progress)
 
 
 def _status(name: str, row: StageRow | None, key: str | None) -> StageStatus:

@@ -1,15 +1,17 @@
-"""What a LoRA's header says of how it was made: rewards, filter, training set, scores before and after."""
+"""What a LoRA's header says of how it was made: rewards, filter, training set, scores before and after; its files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from craft_fast.config import Settings
-from craft_fast.pipeline_stream import Work
-from craft_fast.records import EvalRow
+from craft_fast.records import EvalRow, FileRef, StageRow
 from craft_fast.store.digest import digest_json
+
+if TYPE_CHECKING:
+    from craft_fast.pipeline_stream import Work
 
 # Where things are on one machine, and how it does the work: equal runs in other folders give equal files.
 _PLACES: dict[str, set[str]] = {
@@ -54,6 +56,19 @@ def score_facts(rows: Sequence[EvalRow]) -> dict[str, Any]:
     """Scores before and after, by reward; nothing where there was no evaluation."""
     scores = {row.metric: {key: value for key, value in asdict(row).items() if key != "metric"} for row in rows}
     return {"scores": scores} if scores else {}
+
+
+def exported_files(row: StageRow) -> list[FileRef]:
+    """The files that the row of ``export`` names, the LoRA first; none of a row that is not done."""
+    if "sha256" not in row.info:
+        return []
+    main = FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
+    return [main, *(FileRef(**ref) for ref in row.info.get("also", ()))]
+
+
+def pending_files(row: StageRow) -> list[FileRef]:
+    """What these files may be already, where a kill fell between the new file and its record."""
+    return [FileRef(**ref) for ref in row.info.get("next", ())]
 
 
 def _config_digest(settings: Settings) -> str:

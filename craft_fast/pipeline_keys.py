@@ -12,6 +12,7 @@ from typing import Any
 
 from craft_fast.asking import who_is_asked
 from craft_fast.config import Section, Settings
+from craft_fast.pipeline_own import OwnDigests, own_digests
 from craft_fast.progress import Progress
 from craft_fast.store.digest import digest_json, sha256_file
 from craft_fast.store.run import Run, resolve_uri
@@ -25,7 +26,7 @@ VERSIONS = {
     "train": 3,  # 2: noise by counter; 3: NF4 of rows that are no multiple of its block
     "export": 2,  # 2: kohya's keys, alpha unfolded
     "evaluate": 1,
-    "report": 1,
+    "report": 2,  # 2: viewer, every prompt, agreement, advice
 }
 _BUDGET = {"batch_size", "max_images", "max_minutes"}
 _PROMPT_FILES = {"file", "heldout_file", "vocabulary"}
@@ -75,13 +76,16 @@ def expander_cache(run: Run) -> Path:
     return run.path("expansions")
 
 
-def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = None) -> InputKeys:
+def input_keys(
+    settings: Settings, cache_dir: Path, progress: Progress | None = None, own: OwnDigests | None = None
+) -> InputKeys:
     """Compute the keys up to the filter.
 
     Args:
         settings: of the run.
         cache_dir: of the expander, inside the run's folder.
         progress: told of rewards' files that are fetched: their digests are part of the keys.
+        own: digests of ``images.folder``, where they are known; else it is read.
 
     Raises:
         CraftError: a file or a model that the settings name is not there.
@@ -90,16 +94,21 @@ def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = 
     from craft_fast.rewards.registry import reward_key
     from craft_fast.sdxl.load import model_digest
 
-    own = settings.images.folder is not None
+    own = None if settings.images.folder is None else own or own_digests(settings, progress=progress)
     texts = (_plain(settings.prompts, _PROMPT_FILES), _plain(settings.expand, _TRANSPORT))
-    sources = _own_inputs(settings) if own else (*texts, _inputs(settings, cache_dir))
-    expand = _key("expand", settings.seed, *sources)
+    expand = (
+        own_expand_key(settings, own)
+        if own is not None
+        else _key("expand", settings.seed, *texts, _inputs(settings, cache_dir))
+    )
+    # Other weights of the same pictures make no other candidates.
+    drawn = _key("expand", settings.seed, "own", own.content) if own else expand
     wanted = settings.model
     digest = model_digest(wanted.path, config=wanted.config, vae=wanted.vae, offline=wanted.offline)
     told = [wanted.prediction_type, wanted.zero_terminal_snr, wanted.dtype, wanted.vae_dtype]
     model = digest_json([digest, *told])
-    fitted = [_plain(settings.images, {"folder", "weights"})] if own else []
-    generate = _key("generate", settings.seed, expand, model, _plain(settings.generate, _BUDGET), *fitted)
+    fitted = [_plain(settings.images, {"folder", "weights", "max_enlargement"})] if own else []
+    generate = _key("generate", settings.seed, drawn, model, _plain(settings.generate, _BUDGET), *fitted)
     reward_keys = {
         name: reward_key(name, spec, offline=settings.model.offline, dtype=settings.score.dtype, progress=progress)
         for name, spec in settings.rewards.items()
@@ -114,7 +123,7 @@ def input_keys(settings: Settings, cache_dir: Path, progress: Progress | None = 
     asked = who_is_asked(settings.rewards, settings.filter, settings.train, settings.score)
     weights = dict(asked.weights)
     budget = [settings.generate.max_images, settings.generate.max_minutes]
-    chosen = _key("filter", score, weights, budget, _plain(settings.filter))
+    chosen = _key("filter", score, weights, budget, _plain(settings.filter), *([expand] if own else []))
     text = _key("cache", model)
     return InputKeys(expand, generate, score, chosen, text, model, rewards, reward_keys)
 
@@ -154,14 +163,13 @@ def _plain(section: Section, exclude: set[str] | None = None) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=exclude)
 
 
-def _own_inputs(settings: Settings) -> tuple[Any, ...]:
-    """What decides the groups of own pictures: their content and captions, wherever they are, and held-out prompts."""
-    from craft_fast.own_folder import read_folder
-
-    heldout = settings.prompts.heldout_file
-    wanted = _plain(settings.prompts, {*_PROMPT_FILES, "limit", "heldout_share"})
-    digest = read_folder(settings.images, settings.prompts.max_chars).digest
-    return "own", wanted, digest, sha256_file(Path(resolve_uri(heldout))) if heldout is not None else None
+def own_expand_key(settings: Settings, own: OwnDigests) -> str:
+    """What decides the groups of own pictures, wherever they are, and whether they fit their buckets."""
+    share = settings.prompts.heldout_share if own.held_out is None else None
+    wanted = [_plain(settings.prompts, {*_PROMPT_FILES, "heldout_share"}), share]
+    size = [settings.generate.height_px, settings.generate.width_px]
+    fitted = _plain(settings.images, {"folder", "weights"})
+    return _key("expand", settings.seed, "own", wanted, own.weights, own.held_out, fitted, size)
 
 
 def _inputs(settings: Settings, cache_dir: Path) -> dict[str, str]:

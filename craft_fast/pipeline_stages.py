@@ -13,20 +13,16 @@ from craft_fast import checkpoint
 from craft_fast.cache import CachedSet, LatentsError, build_cache, load_cache
 from craft_fast.errors import CraftError, QualityGateError, UsageError
 from craft_fast.filtering import training_samples
-from craft_fast.pipeline_facts import lora_facts, score_facts
+from craft_fast.pipeline_facts import exported_files, lora_facts, pending_files, score_facts
 from craft_fast.pipeline_keys import OutputKeys, expander_cache, output_keys
-from craft_fast.pipeline_stream import STREAMED, Stream, Work, own_weights
-from craft_fast.records import FileRef, Group, StageRow, Variant
+from craft_fast.pipeline_own import own_weights
+from craft_fast.pipeline_stream import STREAMED, Stream, Work
+from craft_fast.records import FileRef, StageRow
 from craft_fast.store.digest import sha256_file
 from craft_fast.workbench import Meter
 
 T = TypeVar("T")
 _HASHED_BYTES = 1 << 30
-
-
-def _main_ref(row: StageRow) -> FileRef:
-    """The exported file that the row of ``export`` names first."""
-    return FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
 
 
 class Stages:
@@ -87,9 +83,10 @@ class Stages:
         """Whether the exported files are what was written; one of many GiB is left to ``verify``."""
         if "sha256" not in row.info:
             return True
-        for ref in [_main_ref(row), *(FileRef(**ref) for ref in row.info.get("also", ()))]:
+        known = {(ref.path, ref.sha256) for ref in (*exported_files(row), *pending_files(row))}
+        for ref in exported_files(row):
             path = self.work.run.path(ref.path)
-            if not path.exists() or (ref.size <= _HASHED_BYTES and sha256_file(path) != ref.sha256):
+            if not path.exists() or (ref.size <= _HASHED_BYTES and (ref.path, sha256_file(path)) not in known):
                 return False
         return True
 
@@ -153,7 +150,9 @@ class Stages:
 
     def _expand(self) -> dict[str, Any]:
         if self.work.settings.images.folder is not None:
-            return self._own_groups()
+            from craft_fast.pipeline_own import expand_own
+
+            return expand_own(self.work)
         from craft_fast.expanders import build_groups, make_expander
         from craft_fast.prompts import load_prompts
 
@@ -172,24 +171,6 @@ class Stages:
         work.run.manifest.put_groups(self.key("expand"), result.groups)
         train = sum(group.prompt.split == "train" for group in result.groups)
         return {"train": train, "heldout": len(result.groups) - train, "dropped": len(result.dropped)}
-
-    def _own_groups(self) -> dict[str, Any]:
-        """Groups of own pictures, all of which are looked at first, and held-out prompts from their file."""
-        from craft_fast.own_folder import own_groups, read_folder
-        from craft_fast.own_images import check_pictures
-        from craft_fast.prompts import held_out_prompts
-
-        work, settings = self.work, self.work.settings
-        folder = read_folder(settings.images, settings.prompts.max_chars)
-        check_pictures(folder, settings.images, settings.generate, work.progress)
-        groups = own_groups(folder)
-        heldout = held_out_prompts(settings.prompts, {group.prompt.prompt_id for group in groups})
-        for note in (*folder.notes, *heldout.notes):
-            work.progress.warn(note)
-        apart = [Group(p, (Variant(p.prompt_id, 0, p.text),)) for p in heldout.heldout]
-        work.run.manifest.put_groups(self.key("expand"), [*groups, *apart])
-        counts = {"train": len(groups), "heldout": len(apart), "own_pictures": len(folder.pictures)}
-        return {**counts, **({"weights": "given"} if folder.weighted else {})}
 
     def cache(self) -> None:
         """Weigh the accepted samples and encode their text."""
@@ -298,7 +279,8 @@ class Stages:
         assert self._adapter is not None
         facts = lora_facts(work, train_key=self.key("train"), cache_key=self.key("cache"))
         # A file that is written again after the evaluation has its scores in at once.
-        facts |= score_facts(work.run.manifest.eval_rows(self.key("evaluate")))
+        if work.settings.train.method != "full":
+            facts |= score_facts(work.run.manifest.eval_rows(self.key("evaluate")))
         return export_lora(
             work.run, self._adapter, settings=work.settings, metadata=facts, progress=work.progress
         ).info()
@@ -329,20 +311,23 @@ class Stages:
         return {"metrics": len(rows), "prompts": rows[0].n if rows else 0}
 
     def _stamp(self, facts: Mapping[str, Any]) -> None:
-        """Put the scores into the LoRA's header; its row follows. A kill in between leaves a file to export again."""
+        """Put the scores into the LoRA's header; while the new file takes the old one's place, the row names both."""
         from craft_fast.export import stamp
 
         if self.work.settings.train.method == "full":
             return  # many GiB would be written again for some lines of text
-        row = self._row("export")
-        others = [FileRef(**ref) for ref in row.info.get("also", ())]
-        merged = str(row.info.get("merged", ""))
-        loras = [_main_ref(row), *(ref for ref in others if ref.path != merged)]
-        new = stamp(self.work.run, loras, facts)
+        row, put = self._row("export"), self.work.run.manifest.put_stage
+        info = {key: value for key, value in row.info.items() if key != "next"}
+        files = exported_files(row)
+        loras = [ref for ref in files if ref.path != row.info.get("merged")]
+
+        def announce(new: Sequence[FileRef]) -> None:
+            put(replace(row, info={**info, "next": [asdict(ref) for ref in new]}))
+
+        new = stamp(self.work.run, loras, facts, pending=pending_files(row), announce=announce)
         by_path = {ref.path: asdict(ref) for ref in new}
-        also = [by_path.get(ref.path, asdict(ref)) for ref in others]
-        info = {**row.info, **by_path[loras[0].path], **({"also": also} if also else {})}
-        self.work.run.manifest.put_stage(replace(row, info=info))
+        also = [by_path.get(ref.path, asdict(ref)) for ref in files[1:]]
+        put(replace(row, info={**info, **by_path[files[0].path], **({"also": also} if also else {})}))
 
     def _result_path(self) -> Path:
         path = self.work.run.path(str(self._row("export").info["path"]))

@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 from craft_fast.config import Settings
 from craft_fast.errors import CraftError, Interrupted, QualityGateError, UsageError
-from craft_fast.filtering import FilterResult, all_accepted, rates_in_words, what_to_loosen
-from craft_fast.own_folder import drawn_part, given_selections, given_weights, own_root
+from craft_fast.filtering import FilterResult, rates_in_words, what_to_loosen
+from craft_fast.own_groups import drawn_part, own_members
 from craft_fast.pipeline_keys import InputKeys
+from craft_fast.pipeline_own import bring_in_block, given_result, own_weights
 from craft_fast.pipeline_scoring import RenewedError, Scoring
 from craft_fast.progress import Progress
 from craft_fast.records import Candidate, Group, Selection
@@ -60,14 +61,6 @@ class Work:
         """Raise ``Interrupted`` when a signal asked the run to stop."""
         if self.should_stop():
             raise Interrupted("Stopped; everything done so far is saved", hint="the same command continues")
-
-
-def own_weights(work: Work, candidates: Sequence[Candidate]) -> dict[str, float] | None:
-    """Weights that came with own pictures, by candidate; None where the advantage makes them."""
-    row = work.run.manifest.stage("expand")
-    if row is None or row.info.get("weights") != "given":
-        return None
-    return given_weights(work.run.manifest.groups(work.keys.expand, "train"), candidates)
 
 
 def selection_digest(selections: Sequence[Selection]) -> str:
@@ -179,12 +172,13 @@ class Stream:
 
     def _drawn(self, group: Group) -> int:
         """Pictures of a group that the model draws; own ones cost the budget nothing."""
-        return len(group.variants) - len(group.prompt.meta.get("own", ()) if self.own else ())
+        return len(group.variants) - (len(own_members(group)) if self.own else 0)
 
     def _out_of_time(self) -> bool:
         budget = self.work.settings.generate.max_minutes
         spent = sum(meter.seconds for name, meter in self.meters.items() if name != "filter")
-        return budget is not None and spent >= 60 * budget
+        # Where nothing is drawn, part of a selection would be another selection.
+        return budget is not None and spent >= 60 * budget and not self.given
 
     # ---- one block
 
@@ -229,7 +223,7 @@ class Stream:
             drawn = [part for group in block if (part := drawn_part(group)) is not None]
         with self.meters["generate"].running():
             if self.own:
-                self._bring_in(block)
+                bring_in_block(work, block)
             generate(
                 work.run,
                 work.bench.model(),
@@ -243,17 +237,6 @@ class Stream:
             )
         work.check_stop()
         return True
-
-    def _bring_in(self, block: Sequence[Group]) -> None:
-        from craft_fast.own_images import bring_in
-
-        work = self.work
-        bring_in(
-            work.run, work.bench.model(), own_root(work.settings.images), block, settings=work.settings.images,
-            generate=work.settings.generate, key=work.keys.generate, progress=work.progress,
-            should_stop=work.should_stop, concessions=work.bench.concessions(),
-        )  # fmt: skip
-        work.check_stop()
 
     def _score(self, rows: Sequence[Candidate], used: Sequence[Group]) -> None:
         if self.scoring.unfinished(rows):
@@ -287,10 +270,12 @@ class Stream:
         self._announce("filter")
         with self.meters["filter"].running():
             if self.given:
-                return all_accepted(given_selections(used, rows))
+                return given_result(used, rows)
             return self.scoring.judge(used, rows, final=final)
 
     def _tell(self, used: Sequence[Group], result: FilterResult) -> None:
+        if self.given:
+            return
         images = sum(len(group.variants) for group in used)
         wanted = self.work.settings.filter.target_samples
         self.work.progress.info(
@@ -304,11 +289,14 @@ class Stream:
             raise self._nothing(decision)
         result = self._judge(used, final=True) if "filter" in self.steps else None
         counts: dict[str, Any] = {"groups": len(used), "images": images, "reason": _REASONS[decision.reason]}
+        counts |= {"own_pictures": images - sum(map(self._drawn, used))} if self.own else {}
         asked = self.scoring.infos()
         infos: dict[str, dict[str, Any]] = {
             "generate": counts,
             "score": {"images": images, "reward_keys": work.keys.rewards, **asked["score"]},
         }
+        if self.given:
+            infos["score"] |= {"images": 0, "everyone": [], "survivors": [], "weights": "given"}
         if result is not None:
             infos["filter"] = {**counts, **_figures(result, work.settings.filter.target_samples), **asked["filter"]}
         with manifest.transaction():
@@ -320,12 +308,14 @@ class Stream:
                 manifest.finish_stage(name, self.stage_keys[name], meter.seconds, meter.peak_gib, infos[name])
         self.scoring.tell_cut(self._candidates(used))
         if result is not None:
-            say_result(work, result, images, decision)
+            say_result(work, result, images, decision, given=self.given)
+            if self.own and decision.reason == "enough" and (left := len(self.groups) - len(used)):
+                work.progress.info(f"{left} more captions of own pictures were not needed; filter.target_samples")
         return result
 
     def _nothing(self, decision: Decision) -> Exception:
         if decision.reason == "max_images":
-            least = len(self.groups[0].variants) if self.groups else 1
+            least = self._drawn(self.groups[0]) if self.groups else 1
             return UsageError(
                 "The image budget has no room for one group",
                 where="generate.max_images",
@@ -386,8 +376,8 @@ def _figures(result: FilterResult, wanted: int) -> dict[str, Any]:
     }
 
 
-def say_result(work: Work, result: FilterResult, images: int, decision: Decision) -> None:
-    """Say how many were accepted; fewer than wanted comes with rates and what to loosen.
+def say_result(work: Work, result: FilterResult, images: int, decision: Decision, *, given: bool = False) -> None:
+    """Say how many were accepted; fewer than wanted comes with rates and what to loosen, unless it was ``given``.
 
     Raises:
         QualityGateError: not one candidate was accepted.
@@ -401,7 +391,7 @@ def say_result(work: Work, result: FilterResult, images: int, decision: Decision
             why=loosen.split(" To get more:")[0],
             hint=loosen.split("To get more: ")[-1],
         )
-    if own_weights(work, ()) is not None:
+    if given:
         work.progress.info(f"{found} own pictures, with the weights that came with them")
     elif found < wanted:
         work.progress.warn(f"Fewer samples than wanted, {_REASONS[decision.reason]}: {loosen}")

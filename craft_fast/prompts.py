@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -205,14 +205,8 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
         if overlap := len(other.prompts) - len(held):
             notes.append(f"{overlap} held-out prompts are also training prompts; they are not evaluated")
     else:
-        apart = [prompt for prompt in training.prompts if _is_held_out(prompt, settings.heldout_share)]
-        held = {prompt.prompt_id: replace(prompt, split="heldout") for prompt in apart}
-        train = [prompt for prompt in training.prompts if prompt.prompt_id not in held]
-        if not held and len(train) > 1 and settings.heldout_share > 0:
-            # A handful of prompts may hash to one side; evaluation needs at least one.
-            last = min(train, key=lambda prompt: prompt.prompt_id)
-            train.remove(last)
-            held[last.prompt_id] = replace(last, split="heldout")
+        train, apart = hold_out_share(training.prompts, settings.heldout_share)
+        held = {prompt.prompt_id: prompt for prompt in apart}
     if not train:
         raise ConfigError(
             "No training prompt is left.",
@@ -223,6 +217,38 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
     return PromptSets(tuple(train[: settings.limit]), tuple(held.values()), tuple(notes))
 
 
+def hold_out_share(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
+    """Part prompts by a hash of their text, so that adding some moves none of the others.
+
+    Args:
+        prompts: of one file.
+        share: of them that is held out, about; above 0 it is at least one of several.
+
+    Returns:
+        Prompts to train on, and those held out.
+    """
+    held = {prompt.prompt_id: replace(prompt, split="heldout") for prompt in prompts if _is_held_out(prompt, share)}
+    train = [prompt for prompt in prompts if prompt.prompt_id not in held]
+    if not held and len(train) > 1 and share > 0:
+        # A handful of prompts may hash to one side; evaluation needs at least one.
+        last = min(train, key=lambda prompt: prompt.prompt_id)
+        train.remove(last)
+        held[last.prompt_id] = replace(last, split="heldout")
+    return train, list(held.values())
+
+
+def unknown_words(settings: PromptSettings, texts: Iterable[str]) -> str:
+    """One line on captions with words that ``prompts.vocabulary`` lacks; '' where there are none."""
+    if not settings.vocabulary:
+        return ""
+    known = load_vocabulary(settings.vocabulary)
+    strange = [sorted({word for word in _WORD.findall(text.lower()) if word not in known}) for text in texts]
+    words = sorted({word for some in strange for word in some})
+    shown = ", ".join(excerpt(word, 30) for word in words[:8])
+    number = sum(map(bool, strange))
+    return f"{number} captions have words that this model does not know: {shown}" if number else ""
+
+
 def held_out_prompts(settings: PromptSettings, trained: Collection[str]) -> PromptSets:
     """Held-out prompts alone, where what is trained on comes from elsewhere (own pictures).
 
@@ -231,15 +257,9 @@ def held_out_prompts(settings: PromptSettings, trained: Collection[str]) -> Prom
         trained: prompt_ids that are trained on; they are not evaluated.
 
     Raises:
-        ConfigError: there is no such file, or no prompt of it is left.
+        ConfigError: the file cannot be read, or no prompt of it is left.
     """
-    if settings.heldout_file is None:
-        raise ConfigError(
-            "Own pictures need held-out prompts for the evaluation.",
-            where="prompts.heldout_file",
-            why="every caption is trained on",
-            hint="--set prompts.heldout_file=FILE, one prompt a line",
-        )
+    assert settings.heldout_file is not None
     found = read_prompts(settings.heldout_file, settings, split="heldout")
     left = tuple(prompt for prompt in found.prompts if prompt.prompt_id not in trained)
     if not left:

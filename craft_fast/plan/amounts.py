@@ -11,6 +11,7 @@ from craft_fast.errors import CraftError
 from craft_fast.plan.judges import to_fetch
 from craft_fast.plan.stages import Costs
 from craft_fast.sdxl import costs
+from craft_fast.sdxl.costs_parts import vae_cost
 
 if TYPE_CHECKING:
     from craft_fast.probe import Probe
@@ -37,6 +38,8 @@ class Amounts:
         texts: prompts whose embeddings are cached.
         pairs: held-out prompts compared.
         notes: what was assumed.
+        own: of the candidates, those that come from ``images.folder`` and are not drawn.
+        given: weights and selection come with them, so that nothing is scored.
     """
 
     groups: int
@@ -45,6 +48,8 @@ class Amounts:
     texts: int
     pairs: int
     notes: tuple[str, ...]
+    own: int = 0
+    given: bool = False
 
 
 def amounts(settings: Settings, *, acceptance: float | None, prompt_count: int | None = None) -> Amounts:
@@ -54,15 +59,15 @@ def amounts(settings: Settings, *, acceptance: float | None, prompt_count: int |
         settings: of the run.
         acceptance: share of variants that pass, from an earlier part of the run; None: assumed.
         prompt_count: how many training prompts there are, instead of those in ``prompts.file``.
+
+    Raises:
+        CraftError: ``images.folder`` is not there or holds no picture.
     """
+    if settings.images.folder is not None:
+        return _own_amounts(settings, acceptance)
     notes: list[str] = []
     train, held_out = _prompts(settings, notes) if prompt_count is None else (prompt_count, None)
-    if acceptance is None:
-        notes.append(
-            f"assumed: {ASSUMED_ACCEPTANCE:.0%} of the variants pass the filter; once the run has judged some, "
-            "plan goes by those"
-        )
-    share = max(acceptance if acceptance is not None else ASSUMED_ACCEPTANCE, 0.01)
+    share = _share(acceptance, notes)
     variants, target = settings.expand.variants, settings.filter.target_samples
     groups = train
     if settings.filter.select == "first":
@@ -82,6 +87,43 @@ def amounts(settings: Settings, *, acceptance: float | None, prompt_count: int |
     texts = accepted * (2 if settings.train.condition_on == "both" else 1) + 1
     pairs = settings.evaluate.prompts if held_out is None else min(settings.evaluate.prompts, held_out)
     return Amounts(groups, groups * (variants + 1), accepted, texts, pairs, tuple(notes))
+
+
+def _share(acceptance: float | None, notes: list[str]) -> float:
+    if acceptance is None:
+        notes.append(
+            f"assumed: {ASSUMED_ACCEPTANCE:.0%} of the variants pass the filter; once the run has judged some, "
+            "plan goes by those"
+        )
+    return max(acceptance if acceptance is not None else ASSUMED_ACCEPTANCE, 0.01)
+
+
+def _own_amounts(settings: Settings, acceptance: float | None) -> Amounts:
+    """Of a run on own pictures: one drawn picture a caption, or none; pictures are listed, not looked at."""
+    from craft_fast.own_folder import read_folder
+    from craft_fast.pipeline_own import parted
+
+    folder = read_folder(settings.images, settings.prompts.max_chars, hashed=False)
+    train, heldout, more = parted(settings, folder)
+    notes = [*folder.notes, *more]
+    if folder.problems:
+        notes.append(f"{len(folder.problems)} of the pictures cannot be taken; craft-fast expand names them all")
+    given = folder.weighted
+    share = 1.0 if given else _share(acceptance, notes)
+    target = math.inf if given else settings.filter.target_samples
+    budget = settings.generate.max_images
+    groups = own = 0
+    first = settings.filter.select == "first"
+    for group in train:
+        # The stream stops between blocks alone.
+        enough = first and own * share >= target and groups % settings.filter.block_groups == 0
+        if enough or (budget is not None and not given and groups >= budget):
+            break
+        groups, own = groups + 1, own + len(group.prompt.meta["own"])
+    accepted = own if given else min(settings.filter.target_samples, int(own * share))
+    texts = accepted * (2 if settings.train.condition_on == "both" else 1) + 1
+    pairs = min(settings.evaluate.prompts, len(heldout))
+    return Amounts(groups, own + (0 if given else groups), accepted, texts, pairs, tuple(notes), own, given)
 
 
 def _prompts(settings: Settings, notes: list[str]) -> tuple[int | None, int | None]:
@@ -157,7 +199,7 @@ def seconds(planned: Costs, made: Amounts, probed: Probe) -> dict[str, float | N
     judged_all = _score_seconds(planned, made, probed, held_out=True)
     return {
         "expand": 0.0 if settings.expand.kind in ("template", "file") else None,
-        "generate": made.images * image + load["drawing"],
+        "generate": (made.images - made.own) * image + made.own * _encode_seconds(planned, probed) + load["drawing"],
         "score": judged,
         "filter": 0.0,
         "cache": made.texts * text + (0.0 if planned.resident else load["text"]),
@@ -183,6 +225,15 @@ def image_seconds(planned: Costs, probed: Probe) -> float:
     return settings.num_inference_steps * step / settings.batch_size + decode + text + probed.png_s
 
 
+def _encode_seconds(planned: Costs, probed: Probe) -> float:
+    """One own picture through the VAE's encoder, by its operations, and its file."""
+    one = vae_cost(
+        planned.shape.vae, **planned.size, dtype_bytes=planned.vae_element, tiled=planned.tiled(), half="encode",
+        gpu=planned.gpu,
+    )  # fmt: skip
+    return one.flops / probed.rate_flops + probed.png_s
+
+
 def _score_seconds(planned: Costs, made: Amounts, probed: Probe, *, held_out: bool) -> float | None:
     """All candidates through the judges, or all pairs with ``held_out``; networks that do not stay are read each block.
 
@@ -192,6 +243,8 @@ def _score_seconds(planned: Costs, made: Amounts, probed: Probe, *, held_out: bo
     known = [judge for judge in found.values() if judge is not None]
     if len(known) < len(found) or planned.plugins:
         return None
+    if made.given and not held_out:
+        return 0.0
     images = 2 * made.pairs if held_out else made.images
     blocks = 1
     if not (planned.resident or held_out):

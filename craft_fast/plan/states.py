@@ -79,13 +79,21 @@ def settings_by_stage(settings: Settings) -> dict[str, str]:
     expand = digest(
         settings.seed, files, plain(settings.prompts, *keys._PROMPT_FILES), plain(settings.expand, *keys._TRANSPORT)
     )
-    generate = digest(expand, model, settings.seed, plain(settings.generate, *keys._BUDGET))
+    drawn, fitted = expand, None
+    if settings.images.folder is not None:
+        # As pipeline_keys.own_expand_key: an expander has no part in it.
+        content = [settings.images.folder, settings.images.weights, settings.prompts.max_chars]
+        size = [settings.generate.height_px, settings.generate.width_px]
+        wanted = plain(settings.prompts, "file", "vocabulary")
+        expand = digest(settings.seed, wanted, plain(settings.images), size)
+        drawn, fitted = digest(settings.seed, content), plain(settings.images, "folder", "weights", "max_enlargement")
+    generate = digest(drawn, model, settings.seed, plain(settings.generate, *keys._BUDGET), fitted)
     own = {name: digest(*_of_reward(spec, settings.score.dtype)) for name, spec in settings.rewards.items()}
     judges = {name: own[name] for name, spec in settings.rewards.items() if not spec.held_out}
     score = digest(generate, judges, settings.score.prompt)
     weights = dict(who_is_asked(settings.rewards, settings.filter, settings.train, settings.score).weights)
     budget = [settings.generate.max_images, settings.generate.max_minutes]
-    chosen = digest(score, weights, budget, plain(settings.filter))
+    chosen = digest(score, weights, budget, plain(settings.filter), expand)
     inputs = InputKeys(expand, generate, score, chosen, digest("text", model), model, judges, own)
     return {
         **{name: getattr(inputs, name) for name in ("expand", "generate", "score", "filter")},

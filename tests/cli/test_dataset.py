@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,15 @@ def samples(root: Path, name: str) -> list[tuple[Any, ...]]:
         )
 
 
+def states(root: Path, name: str) -> set[str]:
+    told = craft(root, "status", "--name", name, "--json")
+    return {stage["state"] for stage in json.loads(told.stdout.splitlines()[-1])["stages"]}
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_a_dataset_comes_back_with_the_same_selection_and_weights(world: Path) -> None:
     done = craft(world, "dataset", "accepted", "--name", "sea", "--json")
     assert done.exit_code == 0, done.output
@@ -88,17 +99,40 @@ def test_a_dataset_comes_back_with_the_same_selection_and_weights(world: Path) -
     status = craft(world, "status", "--name", "back", "--json")
     assert "given" in status.stdout
 
+    # What goes out of that run is what came in.
+    assert craft(world, "dataset", "again", "--name", "back").exit_code == 0
+    twice = [json.loads(line) for line in (world / "again/metadata.jsonl").read_text().splitlines()]
+    facts = ("sha256", "prompt", "variant", "member", "weight", "advantage")
+    assert [[row[name] for name in facts] for row in twice] == [[row[name] for name in facts] for row in rows]
+
     # Another folder with the same content: nothing is done again, nothing is stale.
     (world / "accepted").rename(world / "moved")
     again = craft(world, "run", "--name", "back", "--images", "moved", "--json")
     assert again.exit_code == 0, again.output
-    assert '"state": "stale"' not in craft(world, "status", "--name", "back", "--json").stdout
-    # A caption that changed makes the run's stages new.
-    rows[0]["prompt"] = "a purple circle"
-    (world / "moved/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = craft(world, "run", "--name", "back", "--until", "filter", "--json")
+    assert states(world, "back") == {"done"}
+    # A folder that is not there any more: the run has its own copies.
+    (world / "moved").rename(world / "away")
+    gone = craft(world, "run", "--name", "back", "--set", "train.steps=3")
+    assert gone.exit_code == 0, gone.output
+    assert "its own copies" in gone.stderr
+    (world / "away").rename(world / "moved")
+
+    # Other weights make no other candidates; a caption that changed does.
+    made = {path.name for path in (world / "runs/back/candidates").iterdir()}
+    rows[0]["weight"] *= 2
+    write_rows(world / "moved", rows)
+    changed = craft(world, "run", "--name", "back", "--until", "cache")
     assert changed.exit_code == 0, changed.output
-    assert "stale" in craft(world, "status", "--name", "back", "--json").stdout
+    assert f"1 with another weight ({rows[0]['file_name']})" in changed.stderr
+    assert {path.name for path in (world / "runs/back/candidates").iterdir()} == made
+    assert sorted(one[3] for one in samples(world, "back")) == sorted(row["weight"] for row in rows)
+    assert states(world, "back") == {"done", "stale"}
+    rows[0]["prompt"] = "a purple circle"
+    write_rows(world / "moved", rows)
+    changed = craft(world, "run", "--name", "back", "--until", "cache")
+    assert changed.exit_code == 0, changed.output
+    assert "1 with another caption" in changed.stderr
+    assert {path.name for path in (world / "runs/back/candidates").iterdir()} > made
 
 
 def test_everything_of_a_run_as_a_folder(world: Path) -> None:
@@ -109,13 +143,63 @@ def test_everything_of_a_run_as_a_folder(world: Path) -> None:
     assert {row["member"] for row in rows} == {0, 1, 2}
     assert all(("weight" in row) == row["accepted"] for row in rows)
     assert all(row["text"] == row["variant"] for row in rows)
+    # The verdicts follow from the file alone.
+    judged = [row for row in rows if row["member"]]
+    assert [row["passed"]["h"] for row in judged] == [row["scores"]["h"] > row["base_scores"]["h"] for row in judged]
+    assert {row["passed"]["h"] for row in judged} == {True, False}
     first = {path.name: path.read_bytes() for path in (world / "all").iterdir()}
     there = craft(world, *args)
     assert there.exit_code == 2
     assert "--force" in there.stderr
     assert craft(world, *args, "--force").exit_code == 0
     assert {path.name: path.read_bytes() for path in (world / "all").iterdir()} == first
-    assert not (world / "all.tmp").exists()
+    assert [path.name for path in world.iterdir() if "craft-fast-tmp" in path.name] == []
+    # Of all of it, what was rejected stays out; the held-out prompts came along.
+    options = ("--set", "prompts.heldout_file=null", "--until", "cache")
+    done = craft(world, "run", "--config", "sea.yaml", "--images", "all", "--name", "fromall", *options)
+    assert done.exit_code == 0, done.output
+    assert samples(world, "fromall") == samples(world, "sea")
+    with open_run(world / "runs/fromall", read_only=True) as run:
+        key = next(row.key for row in run.manifest.stages() if row.name == "expand")
+        told = [group.prompt.text for group in run.manifest.groups(key, "heldout")]
+    assert told == ["a white star", "a yellow square"]
+
+
+def test_a_folder_of_other_things_is_never_replaced(world: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    done = craft(world, "dataset", str(mine), "--name", "sea")  # an empty folder is no loss
+    assert done.exit_code == 0, done.output
+    (mine / "photo.png").write_bytes(b"dear")
+    there = craft(world, "dataset", str(mine), "--name", "sea", "--force")
+    assert there.exit_code == 2
+    assert "photo.png" in there.stderr
+    # Nor under the name that it is written as.
+    other = tmp_path / "new.craft-fast-tmp"
+    other.mkdir()
+    (other / "photo.png").write_bytes(b"dear")
+    assert craft(world, "dataset", str(tmp_path / "new"), "--name", "sea").exit_code == 2
+    assert (mine / "photo.png").read_bytes() == (other / "photo.png").read_bytes() == b"dear"
+    # What a kill has left is.
+    (other / "photo.png").rename(other / "00001_0123abcd.png")
+    assert craft(world, "dataset", str(tmp_path / "new"), "--name", "sea").exit_code == 0
+    assert not other.exists()
+
+
+def test_a_damaged_picture_and_an_unfinished_run_are_not_exported(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "runs/sea", tmp_path / "sea")
+    for path in (tmp_path / "sea/candidates").glob("*.png"):
+        path.write_bytes(b"other")
+    args = ["dataset", "out", "--name", "sea", "--runs", str(tmp_path)]
+    done = craft(tmp_path, *args)
+    assert done.exit_code == 6
+    assert list(tmp_path.glob("out*")) == []
+    with open_run(tmp_path / "sea") as run:
+        run.manifest.begin_stage("generate", "another")
+    done = craft(tmp_path, *args)
+    assert done.exit_code == 2
+    assert "generate" in done.stderr
+    assert "--until cache" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,8 +207,12 @@ def test_everything_of_a_run_as_a_folder(world: Path) -> None:
     [
         (["dataset", "x", "--name", "see"], 2, "sea"),
         (["dataset", "x", "--name", "sea", "--caption", "bse"], 2, "did you mean base?"),
-        (["dataset", "runs/sea", "--name", "sea"], 2, "place of the run"),
+        (["dataset", "runs/sea/new", "--name", "sea"], 2, "own place"),
+        (["dataset", "prompts.txt/new", "--name", "sea"], 5, "prompts.txt"),
+        (["dataset", "prompts.txt", "--name", "sea", "--force"], 2, "there already"),
+        (["dataset", "runs/sea", "--name", "sea"], 2, "run's own place"),
         (["dataset", "model", "--name", "sea", "--force"], 2, "something else"),
+        (["run", "--images", "modle", "--config", "sea.yaml", "--name", "n"], 3, "did you mean"),
         (["run", "--images", "nowhere", "--config", "sea.yaml", "--name", "n"], 3, "no such folder"),
         (["run", "prompts.txt", "--images", "own", "--config", "sea.yaml", "--name", "n"], 2, "captions"),
     ],
@@ -133,6 +221,37 @@ def test_what_cannot_be_done(world: Path, args: list[str], code: int, word: str)
     done = craft(world, *args)
     assert done.exit_code == code, done.output
     assert word in done.stderr
+
+
+HOSTILE: dict[str, tuple[dict[str, bytes | None], int]] = {
+    "no caption": ({"bad.png": None}, 3),
+    "caption is empty": ({"bad.png": None, "bad.txt": b""}, 3),
+    "not UTF-8 (invalid": ({"bad.png": None, "bad.txt": b"\xff"}, 3),
+    "no weight": ({"bad.png": None, "bad.txt": b"x", "metadata.jsonl": b'{"file_name": "p.png", "weight": 1}'}, 3),
+    "weight nan": ({"metadata.jsonl": b'{"file_name": "p.png", "weight": NaN}'}, 3),
+    "not positive": ({"metadata.jsonl": b'{"file_name": "p.png", "weight": -1}'}, 3),
+    "line 1": ({"metadata.jsonl": b"{"}, 3),
+    "UTF-8": ({"metadata.csv": b"file_name,text\n\xff,x"}, 3),
+    "it is empty": ({"bad.png": b"", "bad.txt": b"x"}, 6),
+    "is damaged": ({"bad.webp": b"<html>", "bad.txt": b"x"}, 6),
+    "heic is not read": ({"bad.heic": b"x", "bad.txt": b"x"}, 6),
+}
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_what_is_wrong_with_a_folder_has_its_exit_code_and_nothing_is_done(
+    word: str, world: Path, tmp_path: Path
+) -> None:
+    files, code = HOSTILE[word]
+    square = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(square, format="PNG")
+    for name, data in {"p.png": None, "p.txt": b"a red circle", **files}.items():
+        (tmp_path / name).write_bytes(square.getvalue() if data is None else data)
+    runs = tmp_path / "runs"
+    done = craft(world, "run", "--images", str(tmp_path), "--config", "sea.yaml", "--name", "n", "--runs", str(runs))
+    assert done.exit_code == code, done.output
+    assert word in done.stderr
+    assert not (runs / "n/candidates").exists()
 
 
 def test_own_pictures_of_any_shape_are_scored_filtered_and_trained_on(world: Path) -> None:
@@ -150,6 +269,9 @@ def test_own_pictures_of_any_shape_are_scored_filtered_and_trained_on(world: Pat
     assert "p6.jpg" in broken.stderr
     (own / "p6.jpg").unlink()
     (own / "p6.txt").unlink()
+    planned = craft(world, "plan", *options, "--no-probe", "--json")
+    made = json.loads(planned.stdout.splitlines()[-1])["made"]
+    assert (made["images"], made["own"], made["groups"]) == (8, 6, 2)
     done = craft(world, "run", *options, "--set", "generate.max_images=2")
     assert done.exit_code == 0, done.output
     with open_run(world / "runs/own", read_only=True) as run:
@@ -165,7 +287,16 @@ def test_own_pictures_of_any_shape_are_scored_filtered_and_trained_on(world: Pat
     assert rows["train"].info["samples"] == 6
     # A damaged copy in the run is made again from the folder.
     victim = next(row for row in candidates if row.member)
+    whole = (world / "runs/own" / victim.latents.path).read_bytes()
     (world / "runs/own" / victim.latents.path).write_bytes(b"gone")
     again = craft(world, "run", *options, "--set", "generate.max_images=2", "--set", "train.steps=3")
     assert again.exit_code == 0, again.output
     assert craft(world, "verify", "--name", "own").exit_code == 0
+    assert (world / "runs/own" / victim.latents.path).read_bytes() == whole
+
+    # Where no held-out prompts are given, a share of the captions is held out, with their pictures.
+    done = craft(world, "expand", *options, "--set", "prompts.heldout_file=null")
+    assert done.exit_code == 0, done.output
+    assert "1 captions are held out" in done.stderr
+    told = json.loads(craft(world, "status", "--name", "own", "--json").stdout.splitlines()[-1])["stages"][0]
+    assert told["info"] == {"train": 1, "heldout": 1, "own_pictures": 3}

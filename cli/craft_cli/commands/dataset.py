@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from craft_cli.request import Request, one_of
 from craft_cli.ui.output import choose_mode, print_result, progress
 
 HELP = opt.help_text(
-    "Write the accepted pictures with captions, weights and scores as a folder.",
+    "Write the accepted pictures as a folder, with weights.",
     "Pictures, a caption beside each (NAME.txt), and metadata.jsonl: what kohya's trainers and Hugging Face's "
     "imagefolder read. craft-fast run --images OUT takes it back with the same selection and weights.",
     examples=(
@@ -43,15 +44,17 @@ def dataset(
     one_of("--caption", caption, ("base", "expanded"))
     request = Request(name, runs)
     root = request.existing_root()
-    from craft_fast.pipeline import export_dataset
+    from craft_fast.pipeline import CONFIG_NAME, export_dataset
 
     with progress(mode) as sink:
         written = export_dataset(root, out, caption=caption, everything=everything, force=force, progress=sink)
-    retry = f"craft-fast run --images {out} --name NEW"
+    # The run's own settings, among them which model, which held-out prompts and which buckets.
+    words = ["craft-fast", "run", "--config", str(root / CONFIG_NAME), "--images", str(out), "--name", "NEW"]
+    retry = shlex.join(words)
     lines = [
         f"wrote {written.pictures} pictures, {written.accepted} of them accepted, to {written.path}",
         f"to train on them here: {retry}",
     ]
     data = {"path": str(written.path), "pictures": written.pictures, "accepted": written.accepted,
-            "bytes": written.size}  # fmt: skip
+            "bytes": written.size, "next": retry}  # fmt: skip
     print_result(mode, lines, data, event="result")

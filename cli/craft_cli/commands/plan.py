@@ -36,6 +36,7 @@ NoProbe = Annotated[bool, typer.Option("--no-probe", help="Measure nothing: no t
 def plan(
     prompts: opt.Prompts = None,
     texts: opt.Texts = None,
+    images: opt.Images = None,
     name: opt.Name = None,
     config: opt.Config = None,
     preset: opt.Preset = None,
@@ -52,7 +53,8 @@ def plan(
     mode = choose_mode(as_json=as_json, quiet=quiet)
     quiet_third_party()
     request = Request(
-        name, runs, config, preset, overrides or (), prompts, (), max_images, vram_gib=vram, offline=offline
+        name, runs, config, preset, overrides or (), prompts, (), max_images, vram_gib=vram, offline=offline,
+        images=images,
     )  # fmt: skip
     with progress(mode) as sink:
         resolved = resolve(request)
@@ -80,7 +82,12 @@ def command_line(request: Request, texts: Sequence[str], more: Sequence[str] = (
         words.append(request.prompts)
     for text in texts:
         words += ["-p", text]
-    for option, value in (("--name", request.name), ("--config", request.config), ("--preset", request.preset)):
+    for option, value in (
+        ("--images", request.images),
+        ("--name", request.name),
+        ("--config", request.config),
+        ("--preset", request.preset),
+    ):
         if value is not None:
             words += [option, str(value)]
     for setting in request.overrides:
@@ -149,7 +156,10 @@ def _size(gib: float) -> str:
 
 def _totals(found: Plan) -> list[str]:
     made = found.made
-    lines = [f"{made.images} images of {made.groups} prompts, {made.accepted} samples, {made.pairs} pairs compared"]
+    own = f" ({made.own} of them own pictures)" if made.own else ""
+    lines = [
+        f"{made.images} images of {made.groups} prompts{own}, {made.accepted} samples, {made.pairs} pairs compared"
+    ]
     if found.probe is not None:
         least = "" if found.timed else "at least "
         lines.append(f"time: {least}{duration(found.seconds)}")
