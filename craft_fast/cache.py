@@ -101,9 +101,10 @@ def build_cache(
 
     Raises:
         LatentsError: latents that can not be used.
+        IntegrityError: latents of a size that the UNet does not take, or a sample without its candidate.
     """
     progress = progress or Silent()
-    _read_latents(run, samples, candidates)
+    _check_sizes(model, samples, _read_latents(run, samples, candidates))
     _, made = _text_entries(run, lambda: model, _prompts(samples), key, progress)
     return made
 
@@ -150,9 +151,7 @@ def _prompts(samples: Sequence[Sample]) -> list[str]:
     return list(dict.fromkeys([*(sample.prompt for sample in samples), ""]))
 
 
-def _read_latents(
-    run: Run, samples: Sequence[Sample], candidates: Sequence[Candidate]
-) -> Tensor | tuple[Tensor, ...]:
+def _read_latents(run: Run, samples: Sequence[Sample], candidates: Sequence[Candidate]) -> Tensor | tuple[Tensor, ...]:
     by_id = {candidate.candidate_id: candidate for candidate in candidates}
     files: dict[FileRef, dict[str, Tensor] | IntegrityError] = {}
     rows: list[Tensor] = []
@@ -169,16 +168,36 @@ def _read_latents(
         if found is None:
             found = files[candidate.latents] = _read(run, candidate.latents)
         row = found if isinstance(found, IntegrityError) else found.get(str(candidate.member))
-        if isinstance(row, Tensor) and row.ndim == 3 and len(row) == _CHANNELS:
+        if isinstance(row, Tensor) and row.ndim == 3 and len(row) == _CHANNELS and row.numel():
             rows.append(row.to(torch.float32))
             continue
-        why = f"no key {candidate.member}" if row is None else f"key {candidate.member} is no [4, h, w]"
-        unfit = IntegrityError("A tensor is missing.", where=candidate.latents.path, why=why)
-        bad[candidate.candidate_id] = (candidate, row if isinstance(row, IntegrityError) else unfit)
+        bad[candidate.candidate_id] = (candidate, row if isinstance(row, IntegrityError) else _unfit(candidate, row))
     if bad:
         raise LatentsError(list(bad.values()))
     one_size = len({row.shape for row in rows}) == 1
     return torch.stack(rows) if one_size else tuple(rows)
+
+
+def _unfit(candidate: Candidate, row: Tensor | None) -> IntegrityError:
+    """What to say of a candidate's tensor that is not there or no latents."""
+    what = "A tensor is missing." if row is None else "A tensor has a shape that latents do not have."
+    why = f"no key {candidate.member}" if row is None else f"key {candidate.member} is {list(row.shape)}, no [4, h, w]"
+    return IntegrityError(what, where=candidate.latents.path, why=why)
+
+
+def _check_sizes(model: SdxlModel, samples: Sequence[Sample], latents: Tensor | tuple[Tensor, ...]) -> None:
+    """Refuse sizes that can not be halved as often as the UNet halves them; what it draws itself never has one."""
+    step = 2 ** (len(model.unet_config.block_out_channels) - 1)
+    for sample, row in zip(samples, latents, strict=True):
+        height, width = row.shape[-2:]
+        if height % step or width % step:
+            step_px = step * model.vae_scale_factor
+            raise IntegrityError(
+                "The latents of a training sample do not fit the UNet.",
+                where=f"candidate {sample.candidate_id}",
+                why=f"found [4, {height}, {width}]; both sides must be multiples of {step}",
+                hint=f"Set images.bucket_step_px to a multiple of {step_px}, then type `craft-fast run` again.",
+            )
 
 
 def _read(run: Run, ref: FileRef) -> dict[str, Tensor] | IntegrityError:

@@ -4,12 +4,12 @@ Nothing random is carried from step to step. The order of the samples is f(seed,
 dropout of a sample are f(seed, "train", sample_id, step). A run that resumes from a checkpoint is therefore
 bit-identical to one that was never stopped, on the same device, library versions and micro-batch.
 
+Samples may be of several sizes: a global batch is drawn as ever, then cut into micro-batches of one size each.
 Shapes: N samples, B samples of a step (the global batch), C x h x w latents, T training timesteps.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import time
 from collections.abc import Callable
@@ -23,21 +23,21 @@ from torch import Tensor
 
 from craft_fast import checkpoint
 from craft_fast.config import TrainSettings
-from craft_fast.errors import CraftError, IntegrityError, ResourceError
+from craft_fast.errors import CraftError, ResourceError
 from craft_fast.guards import StepWatch, memory_warning
 from craft_fast.losses import draw_batch, min_snr_weight, normalise_weights
 from craft_fast.progress import Progress, Silent
 from craft_fast.qlora.adapt import repeatable_kernels
-from craft_fast.qlora.engine import Choices, Trainee, decide, make_trainee
+from craft_fast.qlora.engine import Choices, Trainee, decide, environment, make_trainee
+from craft_fast.qlora.inputs import Inputs, MicroBatch, refuse_non_finite, sizes
 from craft_fast.qlora.lora import load_parameters
-from craft_fast.qlora.step import Inputs, MicroBatch, Stepper, sizes
+from craft_fast.qlora.step import Stepper
 from craft_fast.rng import derive_seed
 from craft_fast.sdxl.load import SdxlModel, free_memory
 from craft_fast.sdxl.schedule import alphas_cumprod
 from craft_fast.sdxl.text import add_time_ids
 from craft_fast.store.run import Run
 from craft_fast.store.step_log import StepLog
-from craft_kernels.dispatch import choose
 
 if TYPE_CHECKING:
     from craft_fast.cache import CachedSet  # the type alone: stages do not import one another
@@ -111,7 +111,7 @@ def train(
         CraftError: three steps in a row were not finite.
     """
     progress = progress or Silent()
-    _refuse_non_finite(cached)
+    refuse_non_finite(cached.latents, cached.prompt_embeds, cached.pooled_prompt_embeds, cached.sample_ids)
     found = checkpoint.latest(run, key, progress=progress)
     if found is not None:
         checkpoint.settle(run, key, found, keep=settings.keep_checkpoints)
@@ -171,26 +171,32 @@ class _Training:
         self.run, self.settings, self.seed, self.state, self.progress = run, settings, seed, state, progress
         self.sample_ids, self.device = cached.sample_ids, model.device
         self.global_batch = settings.micro_batch_size * settings.grad_accum_steps
-        choices = decide(model.engine, method=settings.method, device=model.device, dtype=model.dtype)
-        self.environment = _environment(model.device) | choices.record()
-        self.trainee = _make_trainee(model, choices, settings, seed, cached, state, memory_bytes)
-        self.parameters, self.optimizer = self.trainee.parameters, self.trainee.optimizer
-        schedule = alphas_cumprod(model)
-        self.timesteps = len(schedule)
-        lambdas = min_snr_weight(schedule, settings.min_snr_gamma, model.prediction_type)
         # As inference asks for: a picture of the bucket's own size, uncropped.
         scale = model.vae_scale_factor
         time_ids = {
             (h, w): add_time_ids(h * scale, w * scale, device=self.device, dtype=model.dtype)
             for h, w in sizes(cached.latents)
         }
+        self.several_sizes = len(time_ids) > 1
+        choices = decide(
+            model.engine, method=settings.method, device=model.device, dtype=model.dtype,
+            several_sizes=self.several_sizes,
+        )  # fmt: skip
+        if model.engine.compile and not choices.compile:
+            progress.warn("Samples are of several sizes: the UNet's blocks are not compiled.")
+        self.environment = environment(model.device) | choices.record()
+        self.trainee = _make_trainee(model, choices, settings, seed, cached, state, memory_bytes)
+        self.parameters, self.optimizer = self.trainee.parameters, self.trainee.optimizer
+        schedule = alphas_cumprod(model)
+        self.timesteps = len(schedule)
+        lambdas = min_snr_weight(schedule, settings.min_snr_gamma, model.prediction_type)
         self.stepper = Stepper(
             self.trainee.unet, self.optimizer, alphas_cumprod=schedule.to(self.device),
             prediction_type=model.prediction_type,
             timestep_weight=None if lambdas is None else lambdas.to(self.device),
-            add_time_ids=time_ids, dtype=model.dtype,
-            device=self.device, noise_seed=derive_seed(seed, "train", "noise"), record=choices.graph,
-            autocast=choices.autocast, on_fallback=partial(_tell_fallback, progress),
+            add_time_ids=time_ids, dtype=model.dtype, device=self.device,
+            noise_seed=derive_seed(seed, "train", "noise"), record=choices.graph, autocast=choices.autocast,
+            on_fallback=partial(_tell_fallback, progress),
         )  # fmt: skip
         self.inputs = Inputs(
             latents=cached.latents, prompt_embeds=cached.prompt_embeds,
@@ -201,6 +207,7 @@ class _Training:
         self.ahead: tuple[Tensor, list[MicroBatch]] | None = None
         # Elements of the largest micro-batch that is known to fit; none to know where nothing is updated in backward.
         self.fits = 0 if self.optimizer.updates_in_backward else math.inf
+        self.longest = state.micro_batch_size  # of the micro-batches that were last tried
         self.watch, self.memory_told = StepWatch(), False
 
     def close(self) -> None:
@@ -248,12 +255,15 @@ class _Training:
             try:
                 ahead = ahead or self._draw(step)
                 parts = [part for size in ahead[1] for part in size.split(self.state.micro_batch_size)]
-                largest = sorted(parts, key=lambda part: part.latents.numel(), reverse=True)[:2]
-                if largest[0].latents.numel() > self.fits:
-                    # Updates in backward can not be taken back: a step without them shows first what fits.
+                self.longest = max(len(part) for part in parts)
+                largest = max(parts, key=lambda part: part.latents.numel())
+                if largest.latents.numel() > self.fits:
+                    # Updates in backward can not be taken back: a step without them shows first what fits. Of several
+                    # sizes any step may have the largest part behind others, where it meets their gradients.
+                    dry = [largest, largest] if self.several_sizes else parts[:2]
                     with self.optimizer.dry_run():
-                        self.stepper.gradients(largest, step=step, divisor=self.global_batch, lr=rate)
-                    self.fits = largest[0].latents.numel()
+                        self.stepper.gradients(dry, step=step, divisor=self.global_batch, lr=rate)
+                    self.fits = largest.latents.numel()
                 return ahead[0], *self.stepper.gradients(parts, step=step, divisor=self.global_batch, lr=rate)
             except torch.OutOfMemoryError:
                 pass
@@ -262,14 +272,19 @@ class _Training:
             self._relieve()
 
     def _relieve(self) -> None:
-        """Need less memory from here on: recompute all, else halve the micro-batch, else record no graphs."""
+        """Need less memory from here on: recompute all, else halve the micro-batch, else record no graphs.
+
+        With several sizes no graphs come first: what is not recorded needs memory beside them.
+        """
         self.stepper.release()
         free_memory()
         state = self.state
-        if self.trainee.recompute_all():
+        if self.several_sizes and self.stepper.stop_recording():
+            what = "steps run without a CUDA graph"
+        elif self.trainee.recompute_all():
             what = "all activations are computed again in backward"
-        elif state.micro_batch_size > 1:
-            state.micro_batch_size = (state.micro_batch_size + 1) // 2
+        elif (tried := min(state.micro_batch_size, self.longest)) > 1:
+            state.micro_batch_size = (tried + 1) // 2
             what = f"micro-batch is {state.micro_batch_size}, the global batch stays"
         elif self.stepper.stop_recording():
             what = "steps run without a CUDA graph"
@@ -377,34 +392,9 @@ def _restored_state(found: checkpoint.Checkpoint) -> _State:
     return _State(step=found.step, **{name: found.meta[name] for name in names})
 
 
-def _environment(device: torch.device) -> dict[str, str]:
-    """What bit-identity depends on besides the settings and the engine."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    names = ["torch", "bitsandbytes", "peft", "diffusers"]
-    # The form that craft_kernels' ops take, and what compiles them: their last bits depend on both.
-    kernels = choose("auto", torch.empty(0, device=device))
-    if kernels == "triton":
-        names.append("triton")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"device": name, "threads": str(torch.get_num_threads()), "kernels": kernels, **versions}
-
-
 def _tell_fallback(progress: Progress, why: str) -> None:
     progress.warn(f"The training step could not be recorded as a CUDA graph, and runs without: {why}")
 
 
 def _to_cpu(parameters: dict[str, Any]) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-
-
-def _refuse_non_finite(cached: CachedSet) -> None:
-    latents = [name for name, row in zip(cached.sample_ids, cached.latents, strict=True) if not row.isfinite().all()]
-    texts = cached.prompt_embeds.isfinite().flatten(1).all(1) & cached.pooled_prompt_embeds.isfinite().all(1)
-    if latents or not bool(texts.all()):
-        raise IntegrityError(
-            "A cached training value is NaN or infinite.",
-            where=f"latents of {latents[:3]}"
-            if latents
-            else f"text rows {torch.nonzero(~texts).flatten().tolist()[:3]}",
-            hint="Type `craft-fast verify`, then `craft-fast cache`: damaged entries are made again.",
-        )

@@ -5,6 +5,7 @@ None of these choices changes the method; they change speed, memory and the last
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from craft_fast.sdxl.costs import choose_kept
 from craft_fast.sdxl.graph import compile_blocks
 from craft_fast.sdxl.load import SdxlModel
 from craft_fast.sdxl.unet import pristine_unet
+from craft_kernels.dispatch import choose
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -57,16 +59,23 @@ class Choices:
         return {f"engine.{name}": str(getattr(self, name)) for name in names}
 
 
-def decide(engine: EngineSettings, *, method: str, device: torch.device, dtype: torch.dtype) -> Choices:
+def decide(
+    engine: EngineSettings, *, method: str, device: torch.device, dtype: torch.dtype, several_sizes: bool = False
+) -> Choices:
     """Decide every ``auto``.
 
     PEFT's adapters are float32 in a UNet of another dtype and need autocast there; ours convert for themselves.
+
+    Samples of several sizes are trained without ``torch.compile``, which makes code for one shape at a time and leaves
+    what comes after the eighth (``torch._dynamo.config.recompile_limit``) as it is: bits would depend on which shapes
+    came first since the run was last continued.
 
     Args:
         engine: the settings.
         method: ``lora``, ``qlora`` or ``full``.
         device: where training runs.
         dtype: of the UNet.
+        several_sizes: whether samples are.
 
     Raises:
         ValueError: ``method`` is still ``auto``.
@@ -83,9 +92,21 @@ def decide(engine: EngineSettings, *, method: str, device: torch.device, dtype: 
         optimizer=kind,
         autocast=dtype != torch.float32 and (engine.autocast or mixed),
         graph=engine.graph and cuda and kind != "fused_backward",
-        compile=engine.compile,
+        compile=engine.compile and not several_sizes,
         attention="sdpa" if engine.attention == "auto" else engine.attention,
     )
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What bit-identity of a training depends on besides its settings and choices, for its checkpoints."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    names = ["torch", "bitsandbytes", "peft", "diffusers"]
+    # The form that craft_kernels' ops take, and what compiles them: their last bits depend on both.
+    kernels = choose("auto", torch.empty(0, device=device))
+    if kernels == "triton":
+        names.append("triton")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"device": name, "threads": str(torch.get_num_threads()), "kernels": kernels, **versions}
 
 
 @dataclass
@@ -136,7 +157,7 @@ def make_trainee(
         choices: from :func:`decide`.
         settings: the ``train`` section.
         seed: root seed.
-        latent_size: height and width of the latents.
+        latent_size: height and width of the latents; of several sizes the largest.
         tokens: length of the prompts' embeddings.
         micro_batch_size: samples in one forward.
         memory_bytes: what training may use of the device, for ``gradient_checkpointing: auto``; None: not known,

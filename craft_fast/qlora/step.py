@@ -1,160 +1,32 @@
-"""One training step on the device, in which nothing waits for it: inputs, loss and gradients, update.
+"""One training step on the device, in which nothing waits for it: loss and gradients, update.
 
-Shapes: N samples of the set, P distinct prompts, B samples of a global or micro-batch, C x h x w latents, T training
-timesteps. Samples may be of several sizes (buckets of own pictures); what goes through the UNet together is of one.
+Shapes: B samples of a global or micro-batch, C x h x w latents, T training timesteps. Samples may be of several sizes
+(buckets of own pictures); what goes through the UNet together is of one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from craft_fast.losses import Batch
+from craft_fast.qlora.inputs import MicroBatch
 from craft_fast.qlora.optim import Optimizer, nothing_to_free, persist
 from craft_fast.sdxl.graph import Replay
 from craft_kernels.noise_and_target import noise_and_target
 from craft_kernels.weighted_noise_loss import weighted_noise_loss
 
-Latents = Tensor | Sequence[Tensor]
-"""[N, C, h, w], or N of [C, h, w] of several sizes."""
-
 # Small gradients underflow in float16; a fixed power of two brings them into range and is divided out exactly.
 FLOAT16_LOSS_SCALE = 1024.0
-# A set of a hundred samples is some 50 MB; one of thousands stays in the machine's memory.
-ON_DEVICE_BYTES = 512 * 1024**2
-# Each recorded pass keeps its own inputs; batches of many sizes, cut in many ways, would record without end.
+# A recorded pass keeps its inputs, 3 MB for four samples of SDXL, and its place in the graphs' memory. Five sizes in
+# batches of four make twenty shapes; those met first are mostly the frequent ones.
 MAX_RECORDED = 8
-# Two that warm up and one that records; a compiler is busy in the first.
-_UNSETTLED_STEPS = 3
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What goes into one forward, on the device.
-
-    Attributes:
-        latents: x_0, float32 [B, C, h, w].
-        prompt_embeds: [B, 77, D] in the UNet's dtype.
-        pooled_prompt_embeds: [B, D2], likewise.
-        timesteps: int64 [B], in [0, T).
-        noise_ids: int64 [B], see ``craft_kernels.noise_and_target``.
-        weights: float32 [B], over their mean size.
-    """
-
-    latents: Tensor
-    prompt_embeds: Tensor
-    pooled_prompt_embeds: Tensor
-    timesteps: Tensor
-    noise_ids: Tensor
-    weights: Tensor
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def split(self, size: int) -> list[MicroBatch]:
-        """Views of at most ``size`` samples each, in order."""
-        columns = [getattr(self, field.name).split(size) for field in fields(self)]
-        return [MicroBatch(*parts) for parts in zip(*columns, strict=True)]
-
-
-class Inputs:
-    """The training set where steps can select from it without waiting: on the device if it is small.
-
-    Args:
-        latents: float32 [N, C, h, w] on the CPU, or N of [C, h, w] where they are of several sizes.
-        prompt_embeds: [P, 77, D] on the CPU, any floating point.
-        pooled_prompt_embeds: [P, D2], likewise.
-        prompt_index: int64 [N], each sample's row in these two.
-        empty_index: row of the empty prompt.
-        weights: float32 [N], over their mean size.
-        dtype: of the UNet.
-        device: where training runs.
-    """
-
-    def __init__(
-        self,
-        *,
-        latents: Latents,
-        prompt_embeds: Tensor,
-        pooled_prompt_embeds: Tensor,
-        prompt_index: Tensor,
-        empty_index: int,
-        weights: Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.device, self.prompt_index, self.empty_index = device, prompt_index, empty_index
-        buckets, self._bucket, self._place = in_buckets(latents)
-        samples = [*buckets, weights]
-        texts = [prompt_embeds.to(dtype), pooled_prompt_embeds.to(dtype)]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in samples + texts)
-        self.home = device if size <= ON_DEVICE_BYTES else torch.device("cpu")
-        *self.latents, self.weights = (tensor.to(self.home) for tensor in samples)
-        self.prompt_embeds, self.pooled_prompt_embeds = (tensor.to(self.home) for tensor in texts)
-
-    def by_size(self, batch: Batch) -> list[Batch]:
-        """A global batch cut into parts of one size each, by the order in which the sizes come in it.
-
-        A sample's draws are its own, so the cut changes nothing but the order in which gradients are summed.
-        """
-        if len(self.latents) == 1:
-            return [batch]
-        buckets = self._bucket[batch.rows].tolist()
-        rows = {bucket: [i for i, found in enumerate(buckets) if found == bucket] for bucket in dict.fromkeys(buckets)}
-        return [batch.take(torch.tensor(found)) for found in rows.values()]
-
-    def select(self, batch: Batch) -> MicroBatch:
-        """Samples of one size, on their way to the device: copies are queued, and nothing waits for them."""
-        text = torch.where(batch.dropped, self.empty_index, self.prompt_index[batch.rows])
-        place, latents = self._place[batch.rows], self.latents[int(self._bucket[batch.rows[0]])]
-        # One copy for all numbers; each copy from pinned memory costs more to begin than these bytes.
-        numbers = self._send(torch.stack([batch.timesteps, batch.noise_ids, batch.rows, text, place]))
-        rows, texts, place = numbers[2:] if self.home == self.device else (batch.rows, text, place)
-        return MicroBatch(
-            latents=self._send(latents[place]),
-            prompt_embeds=self._send(self.prompt_embeds[texts]),
-            pooled_prompt_embeds=self._send(self.pooled_prompt_embeds[texts]),
-            timesteps=numbers[0],
-            noise_ids=numbers[1],
-            weights=self._send(self.weights[rows]),
-        )
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        if tensor.device == self.device:
-            return tensor
-        # The allocator of pinned memory keeps it until the copy is done.
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def sizes(latents: Latents) -> list[tuple[int, int]]:
-    """The sizes (h, w) among latents, each once, in the order in which they come."""
-    if isinstance(latents, Tensor):
-        return [(latents.shape[-2], latents.shape[-1])]
-    return list(dict.fromkeys((row.shape[-2], row.shape[-1]) for row in latents))
-
-
-def in_buckets(latents: Latents) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Latents stacked by size, and where each sample is.
-
-    Returns:
-        One [n, C, h, w] a size; the bucket of each sample and its place in it, int64 [N].
-    """
-    if isinstance(latents, Tensor):
-        return [latents], torch.zeros(len(latents), dtype=torch.int64), torch.arange(len(latents))
-    known = {size: number for number, size in enumerate(sizes(latents))}
-    buckets: list[list[Tensor]] = [[] for _ in known]
-    found = []
-    for row in latents:
-        bucket = known[row.shape[-2], row.shape[-1]]
-        found.append((bucket, len(buckets[bucket])))
-        buckets[bucket].append(row)
-    where = torch.tensor(found)
-    return [torch.stack(rows) for rows in buckets], where[:, 0], where[:, 1]
+# Of a step: one that makes buffers, two that warm up, one that records. Of a pass: two that warm up, one that records.
+_UNSETTLED_STEPS, _UNSETTLED_PASSES = 4, 3
 
 
 def _silent(message: str) -> None:
@@ -164,10 +36,11 @@ def _silent(message: str) -> None:
 class Stepper:
     """Loss, gradients and update of a step, each recorded once for each shape and replayed where that is wanted.
 
-    Of passes, the first ``MAX_RECORDED`` shapes are recorded; others run as they are, with the same bits.
-
     One micro-batch's forward, loss and backward are one recorded function, the update is another. Noise is made outside
     of them: its step is a number of the CPU's.
+
+    The first ``MAX_RECORDED`` shapes of micro-batches are recorded. Others run as they are, with the same bits, and in
+    memory besides that of the graphs: where this is short, :meth:`stop_recording`.
 
     Args:
         unet: ready to train, in training mode.
@@ -218,7 +91,7 @@ class Stepper:
         self._loss: Tensor | None = None
         self._armed = False
         self._relieve: Callable[[], None] = nothing_to_free
-        self._steps_alike = 0
+        self._steps, self._met, self._new = 0, Counter[tuple[int, ...]](), False
         self._grads = self._static_gradients()
 
     def _static_gradients(self) -> list[Tensor]:
@@ -254,7 +127,7 @@ class Stepper:
             ResourceError: the last call ran out of memory after parameters had changed in backward.
         """
         self.zero_grad()
-        self._steps_alike += 1
+        self._steps, self._new = self._steps + 1, False
         self._armed = self.optimizer.updates_in_backward and lr is not None
         losses: list[Tensor] = []
         errors: list[Tensor] = []
@@ -303,8 +176,8 @@ class Stepper:
 
     @property
     def settled(self) -> bool:
-        """Whether the last step was one like all that follow: nothing was compiled or recorded in it."""
-        return self._steps_alike > _UNSETTLED_STEPS
+        """Whether the last step was like most that follow: no shape was new in it, nothing compiled or recorded."""
+        return self._steps > _UNSETTLED_STEPS and not self._new
 
     def stop_recording(self) -> bool:
         """Run without graphs from here on, with the same bits; False where there are none."""
@@ -321,7 +194,8 @@ class Stepper:
                 replay.release()
         self._passes.clear()
         self._update = self._pool = None
-        self._steps_alike = 0
+        self._steps = 0
+        self._met.clear()
 
     # ---- what is recorded
 
@@ -337,14 +211,13 @@ class Stepper:
             "noised": noised, "target": target, "timesteps": part.timesteps, "prompt_embeds": part.prompt_embeds,
             "pooled_prompt_embeds": part.pooled_prompt_embeds, "weights": part.weights,
         }  # fmt: skip
-        if arm is not None:
-            return self._forward_backward(divisor, arm, **tensors)
         key = (divisor, *noised.shape)
+        self._met[key] += 1
+        self._new |= self._met[key] <= _UNSETTLED_PASSES
+        if arm is not None or (key not in self._passes and len(self._passes) >= MAX_RECORDED):
+            return self._forward_backward(divisor, arm, **tensors)
         if key not in self._passes:
-            if len(self._passes) >= MAX_RECORDED:
-                return self._forward_backward(divisor, None, **tensors)
             self._passes[key] = self._replay(partial(self._forward_backward, divisor, None))
-            self._steps_alike = 0
         replay = self._passes[key]
         loss, per_sample = replay(**tensors)
         # The next micro-batch of this shape writes into the same tensors.

@@ -33,10 +33,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_random_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
 
 
-def training_set(side: int = 16) -> CachedSet:
+def training_set(side: int = 16, *, mixed: bool = False) -> CachedSet:
     draw = torch.Generator().manual_seed(3)
+    latents: Any = torch.randn(6, 4, side, side, generator=draw)
+    if mixed:
+        sizes = [(side, side), (side // 2, side * 3 // 2)] * 3
+        latents = tuple(torch.randn(4, h, w, generator=draw) for h, w in sizes)
     return CachedSet(
-        latents=torch.randn(6, 4, side, side, generator=draw),
+        latents=latents,
         prompt_embeds=torch.randn(4, 32, 64, generator=draw),
         pooled_prompt_embeds=torch.randn(4, 32, generator=draw),
         prompt_index=torch.tensor([0, 1, 2, 0, 1, 2]),
@@ -70,6 +74,7 @@ def trained(folder: Path, tmp_path: Path, listener: Listener) -> Train:
         dtype: str = "bfloat16",
         stop_at: int = 10**6,
         side: int = 16,
+        mixed: bool = False,
         engine: dict[str, Any] | None = None,
         samples: Any = None,
         memory_bytes: float | None = None,
@@ -86,7 +91,7 @@ def trained(folder: Path, tmp_path: Path, listener: Listener) -> Train:
         asked = iter(range(10**6))
         with open_run(tmp_path / name, create=True) as run:
             return train(
-                run, model, training_set(side), settings=TrainSettings(**settings), seed=11, key="5" * 64,
+                run, model, training_set(side, mixed=mixed), settings=TrainSettings(**settings), seed=11, key="5" * 64,
                 should_stop=lambda: next(asked) >= stop_at, progress=listener, samples=samples,
                 memory_bytes=memory_bytes,
             )  # fmt: skip
@@ -151,6 +156,37 @@ def test_a_recorded_step_gives_the_same_bits(
     assert listener.warnings == []
     assert len(set(plain.losses)) == STEPS
     assert_same(recorded, plain)
+
+
+@pytest.mark.parametrize("limit", [8, 1])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_steps_of_several_shapes_give_the_same_bits(
+    trained: Train, recordings: list[Any], listener: Listener, monkeypatch: pytest.MonkeyPatch, method: str, limit: int
+) -> None:
+    """Two sizes in batches of six, cut by three: some shapes are recorded, what is beyond the limit runs as it is."""
+    from craft_fast.qlora import step as step_module
+
+    monkeypatch.setattr(step_module, "MAX_RECORDED", limit)
+    settings: dict[str, Any] = {"method": method, "steps": STEPS, "micro_batch_size": 3, "grad_accum_steps": 2}
+    plain = trained("plain", mixed=True, engine={"graph": False}, **settings)
+    assert recordings == []
+    recorded = trained("recorded", mixed=True, **settings)
+    # Whole epochs have three samples of each size, so two shapes; and the update.
+    assert len(recordings) == (3 if limit == 8 else 2)
+    assert not any(replay.fallback for replay in recordings)
+    assert listener.warnings == []
+    assert len(set(plain.losses)) == STEPS
+    assert_same(recorded, plain)
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_losses_of_several_sizes_are_near_those_of_the_cpu(trained: Train, method: str) -> None:
+    expected = trained("cpu", mixed=True, device="cpu", dtype="float32", method=method)
+    found = trained("gpu", mixed=True, dtype="float32", method=method)
+    assert found.losses == pytest.approx(expected.losses, rel=2e-3)
+    again = trained("stopped", mixed=True, dtype="float32", method=method, stop_at=4)
+    assert not again.finished
+    assert_same(trained("stopped", mixed=True, dtype="float32", method=method), found)
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -309,11 +345,14 @@ def test_memory_is_returned(trained: Train) -> None:
     assert after[0] < 200 * 2**20  # libraries' workspaces
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
-def test_a_real_shortage_of_memory(trained: Train, tmp_path: Path, graph: bool, checkpointing: str) -> None:
+def test_a_real_shortage_of_memory(
+    trained: Train, tmp_path: Path, graph: bool, checkpointing: str, mixed: bool
+) -> None:
     """Less than the whole batch needs: the same losses come out, recomputed or in smaller pieces."""
-    settings: dict[str, Any] = {"steps": 5, "side": 64, "micro_batch_size": 32, "dtype": "float32"}
+    settings: dict[str, Any] = {"steps": 5, "side": 64, "micro_batch_size": 32, "dtype": "float32", "mixed": mixed}
     settings |= {"engine": {"graph": graph}, "gradient_checkpointing": checkpointing}
     free_memory()
     torch.cuda.reset_peak_memory_stats()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,17 @@ def cached() -> CachedSet:
         weights=torch.rand(6, generator=draw) + 0.5,
         sample_ids=tuple(f"sample-{i}" for i in range(6)),
     )
+
+
+# Of six samples; areas differ, as those of buckets do.
+SIZES = [(8, 8), (4, 12), (8, 8), (12, 4), (4, 12), (8, 8)]
+
+
+@pytest.fixture
+def mixed(cached: CachedSet) -> CachedSet:
+    """The same set with latents of three sizes."""
+    draw = torch.Generator().manual_seed(9)
+    return replace(cached, latents=tuple(torch.randn(4, h, w, generator=draw) for h, w in SIZES))
 
 
 @dataclass

@@ -24,19 +24,21 @@ def loss_by_hand(run: Any, cached: Any, *, batch_size: int, gamma: float | None)
     batch = draw_batch(
         cached.sample_ids, seed=run.seed, step=0, timesteps=1000, batch_size=batch_size, prompt_dropout=0.5
     )
-    noises = counter_noise(batch.noise_ids, (4, 8, 8), seed=batch.noise_seed, step=0)
+    scale = model.vae_scale_factor
     assert batch.dropped.any()
     assert not batch.dropped.all()
     total = 0.0
     for i, row in enumerate(batch.rows.tolist()):
-        t, noise, x_0 = int(batch.timesteps[i]), noises[i].double(), cached.latents[row].double()
+        t, x_0 = int(batch.timesteps[i]), cached.latents[row].double()
+        noise = counter_noise(batch.noise_ids[i : i + 1], x_0.shape, seed=batch.noise_seed, step=0)[0].double()
+        height_px, width_px = x_0.shape[1] * scale, x_0.shape[2] * scale
         a_t = float(schedule[t])
         snr = a_t / (1 - a_t)
         x_t = math.sqrt(a_t) * x_0 + math.sqrt(1 - a_t) * noise
         text = 3 if batch.dropped[i] else int(cached.prompt_index[row])
         conditions = {
             "text_embeds": cached.pooled_prompt_embeds[text][None],
-            "time_ids": torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]]),
+            "time_ids": torch.tensor([[height_px, width_px, 0.0, 0.0, height_px, width_px]]),
         }
         with torch.no_grad():
             predicted = pristine_unet(model)(
@@ -60,6 +62,14 @@ def test_first_loss_is_the_equation(trainer: Any, cached: Any, prediction_type: 
     result = run(method="lora", steps=1, **options)
     expected = loss_by_hand(run, cached, batch_size=8, gamma=gamma)
     assert result.losses[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_so_is_that_of_samples_of_several_sizes(trainer: Any, mixed: Any) -> None:
+    """Each with the size of its own picture, whatever is beside it; weights over the whole set."""
+    run = trainer()
+    options = {"micro_batch_size": 4, "grad_accum_steps": 2, "prompt_dropout": 0.5, "min_snr_gamma": GAMMA}
+    result = run(cached=mixed, method="lora", steps=1, **options)
+    assert result.losses[0] == pytest.approx(loss_by_hand(run, mixed, batch_size=8, gamma=GAMMA), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -1,4 +1,7 @@
-"""Samples of several sizes in one batch: each counts as it would alone, and a stopped run ends in the same bits."""
+"""Samples of several sizes in one batch: how it is cut changes nothing, nor does a kill; what is done about memory.
+
+That each sample counts as the equation says is in test_train_objective.py.
+"""
 
 from __future__ import annotations
 
@@ -7,80 +10,158 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from craft_fast.cache import CachedSet
 
-SIZES = [(8, 8), (4, 12), (8, 8), (12, 4), (4, 12), (8, 8)]
+FORWARD = UNet2DConditionModel.forward
+SETTINGS: dict[str, Any] = {"steps": 3, "micro_batch_size": 8, "learning_rate": 1e-4, "prompt_dropout": 0.3}
 
 
-@pytest.fixture
-def mixed(cached: CachedSet) -> CachedSet:
-    draw = torch.Generator().manual_seed(9)
-    return dataclasses.replace(cached, latents=tuple(torch.randn(4, h, w, generator=draw) for h, w in SIZES))
+def assert_same(one: Any, other: Any) -> None:
+    assert one.losses == other.losses
+    assert all(torch.equal(value, other.adapter[name]) for name, value in one.adapter.items())
 
 
-def losses(trainer: Any, name: str, cached: CachedSet, **settings: Any) -> list[float]:
-    """Losses of three steps that change nothing: the rate is next to nothing."""
-    options = {"steps": 3, "learning_rate": 1e-30, "prompt_dropout": 0.3, "method": "lora", **settings}
-    return list(trainer(name)(cached=cached, **options).losses)
+def forwards(monkeypatch: pytest.MonkeyPatch, *fail_at: int) -> list[tuple[int, ...]]:
+    """The (B, h, w) of each forward of the UNet, as they come; those counted in ``fail_at``, from 1, lack memory."""
+    seen: list[tuple[int, ...]] = []
 
+    def forward(self: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((len(sample), *sample.shape[2:]))
+        if len(seen) in fail_at:
+            raise torch.OutOfMemoryError("injected")
+        return FORWARD(self, sample, *args, **kwargs)
 
-def alone(cached: CachedSet, row: int) -> CachedSet:
-    """The set with one sample's weight alone: all others weigh nothing."""
-    weights = torch.zeros_like(cached.weights)
-    weights[row] = cached.weights[row]
-    return dataclasses.replace(cached, weights=weights)
-
-
-def test_a_step_s_loss_is_the_sum_of_what_each_sample_gives_alone(trainer: Any, mixed: CachedSet) -> None:
-    whole = losses(trainer, "whole", mixed, micro_batch_size=6, steps=1)
-    parts = []
-    for row in range(6):
-        found = losses(trainer, f"alone-{row}", alone(mixed, row), micro_batch_size=6, steps=1)
-        # Weights are over their mean size, which is another with one sample alone.
-        share = float(mixed.weights[row] / mixed.weights.mean()) / 6
-        parts.append(found[0] * share)
-    assert sum(parts) == pytest.approx(whole[0], rel=1e-5)
-    assert len(set(parts)) == 6
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    return seen
 
 
 def test_how_a_batch_is_cut_changes_rounding_alone(trainer: Any, mixed: CachedSet) -> None:
-    whole = losses(trainer, "whole", mixed, micro_batch_size=6)
-    cut = losses(trainer, "cut", mixed, micro_batch_size=1, grad_accum_steps=6)
-    assert cut == pytest.approx(whole, rel=1e-5)
+    whole = trainer("whole")(cached=mixed, **SETTINGS)
+    cut = trainer("cut")(cached=mixed, **{**SETTINGS, "micro_batch_size": 2, "grad_accum_steps": 4})
+    assert len(set(whole.losses)) == 3
+    assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
 
 
 def test_equal_sizes_are_trained_as_one_tensor_is(trainer: Any, cached: CachedSet) -> None:
     same = dataclasses.replace(cached, latents=tuple(cached.latents))
-    one, other = trainer("tensor")(steps=3), trainer("rows")(cached=same, steps=3)
-    assert one.losses == other.losses
-    assert all(torch.equal(one.adapter[name], other.adapter[name]) for name in one.adapter)
+    assert_same(trainer("rows")(cached=same, steps=3), trainer("tensor")(steps=3))
 
 
 @pytest.mark.parametrize("method", ["qlora", "full"])
-def test_a_stopped_run_ends_like_an_unbroken_one(trainer: Any, mixed: CachedSet, method: str) -> None:
-    expected = trainer("whole")(cached=mixed, steps=4, method=method)
-    broken = trainer("stopped")
-    broken(cached=mixed, steps=4, method=method, stop_at=2)
-    found = broken(cached=mixed, steps=4, method=method)
-    assert found.losses == expected.losses
-    assert all(torch.equal(found.adapter[name], expected.adapter[name]) for name in expected.adapter)
+def test_a_broken_run_ends_like_an_unbroken_one(
+    trainer: Any, mixed: CachedSet, method: str, killed: Any, listener: Any
+) -> None:
+    options: dict[str, Any] = {"cached": mixed, "steps": 4, "method": method, "checkpoint_every": 2}
+    expected = trainer("whole")(**options)
+    broken = trainer("broken", listener=listener(die_after=3))
+    with pytest.raises(killed):
+        broken(**options)
+    assert [path.name for path in (broken.root / "checkpoints").iterdir()] == ["step-000002"]
+    broken.listener = listener()
+    assert_same(broken(**options), expected)
+    assert broken.listener.infos == ["Training continues after step 2."]
 
 
-def test_every_size_is_told_to_the_unet_as_its_own(
+def test_a_sample_that_is_not_finite_is_named(trainer: Any, mixed: CachedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from craft_fast.qlora.inputs import Inputs
+
+    select = Inputs.select
+
+    def spoil(self: Any, batch: Any) -> Any:
+        found = select(self, batch)
+        found.latents[batch.rows == 4] = float("nan")
+        return found
+
+    monkeypatch.setattr(Inputs, "select", spoil)
+    run = trainer()
+    assert run(cached=mixed, steps=1, micro_batch_size=6).losses == [None]
+    assert [event["samples"] for event in run.events("train_skipped")] == [["sample-4"]]
+
+
+# ---- memory
+
+
+def test_the_largest_size_decides_what_is_recomputed(
     trainer: Any, mixed: CachedSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import craft_fast.train as train_module
+    from craft_fast.qlora import engine
 
-    seen: dict[tuple[int, ...], list[float]] = {}
+    choose, asked = engine.choose_kept, []
 
-    class Watched(train_module.Stepper):
-        def _forward_backward(self, *args: Any, noised: torch.Tensor, **tensors: Any) -> Any:
-            seen[tuple(noised.shape[-2:])] = self.add_time_ids[noised.shape[-2], noised.shape[-1]][0].tolist()
-            return super()._forward_backward(*args, noised=noised, **tensors)
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        asked.append((kwargs["height_px"], kwargs["width_px"]))
+        return choose(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "Stepper", Watched)
-    run = trainer("seen")
-    run(cached=mixed, steps=2, micro_batch_size=6)
-    scale = run.model.vae_scale_factor
-    assert seen == {(h, w): [h * scale, w * scale, 0.0, 0.0, h * scale, w * scale] for h, w in set(SIZES)}
+    monkeypatch.setattr(engine, "choose_kept", listen)
+    small_first = dataclasses.replace(mixed, latents=tuple(reversed(mixed.latents[1:])) + mixed.latents[:1])
+    run = trainer()
+    run(cached=small_first, steps=1, memory_bytes=1e9)
+    assert asked == [(8 * run.model.vae_scale_factor,) * 2]
+
+
+def test_out_of_memory_halves_what_was_tried(trainer: Any, mixed: CachedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight samples no more than a few are of one size: half of eight would be no less."""
+    settings = {**SETTINGS, "cached": mixed, "gradient_checkpointing": "all"}
+    seen = forwards(monkeypatch)
+    expected = trainer("whole")(**settings)
+    longest = max(size for size, *_ in seen[:3])
+    assert sum(size for size, *_ in seen[:3]) == 8
+    forwards(monkeypatch, 2)
+    result = trainer("short")(**settings)
+    assert result.micro_batch_size == (longest + 1) // 2 < 4
+    assert result.losses == pytest.approx(expected.losses, abs=1e-5)
+
+
+def test_a_dry_run_has_the_largest_part_behind_another(
+    trainer: Any, mixed: CachedSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where weights change in backward nothing is tried that was not tried before, with gradients held beside it."""
+    from craft_fast.qlora.step import Stepper
+
+    gradients, fits = Stepper.gradients, 0
+    dry_runs: list[int] = []
+
+    def listen(self: Any, parts: Any, **kwargs: Any) -> Any:
+        nonlocal fits
+        elements = [part.latents.numel() for part in parts]
+        if self.optimizer._dry:
+            assert elements == [max(elements)] * 2
+            fits = max(elements)
+            dry_runs.append(fits)
+        assert max(elements) <= fits
+        return gradients(self, parts, **kwargs)
+
+    monkeypatch.setattr(Stepper, "gradients", listen)
+    result = trainer()(cached=mixed, method="full", steps=8, micro_batch_size=3)
+    assert len(set(result.losses)) == 8
+    assert dry_runs == sorted(set(dry_runs))
+
+
+def test_graphs_go_first(trainer: Any, mixed: CachedSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said to be recording, which it can not be here: what is not recorded needs memory beside what is."""
+    from craft_fast.qlora.step import Stepper
+
+    expected = trainer("whole")(cached=mixed, **SETTINGS)
+    made = Stepper.__init__
+
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.record = True
+
+    monkeypatch.setattr(Stepper, "__init__", recording)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    forwards(monkeypatch, 1)
+    run = trainer("short")
+    assert_same(run(cached=mixed, **SETTINGS), expected)
+    (event,) = run.events("train_out_of_memory")
+    assert (event["change"], event["micro_batch_size"]) == ("steps run without a CUDA graph", 8)
+
+
+def test_blocks_are_not_compiled(trainer: Any, mixed: CachedSet) -> None:
+    run = trainer("asked")
+    asked = run(cached=mixed, **SETTINGS, engine={"compile": True})
+    assert_same(asked, trainer("plain")(cached=mixed, **SETTINGS))
+    (warning,) = run.listener.warnings
+    assert "several sizes" in warning

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 
 from craft_fast.config import EngineSettings
-from craft_fast.losses import draw_batch
 from craft_fast.qlora import step as step_module
 from craft_fast.qlora.adapt import prepare_unet
 from craft_fast.qlora.engine import decide
+from craft_fast.qlora.inputs import MicroBatch
 from craft_fast.qlora.optim import Kind, make_optimizer
-from craft_fast.qlora.step import Inputs, MicroBatch, Stepper
+from craft_fast.qlora.step import Stepper
 from craft_fast.tiny.random_model import _unet
 from craft_kernels.noise_and_target import noise_and_target
 from craft_kernels.weighted_noise_loss import weighted_noise_loss
+from tests.unit.training_sets import CPU, SIZES, T, batch, inputs
 
-CPU = torch.device("cpu")
-T = 100
-IDS = tuple(f"sample-{i}" for i in range(6))
 SCHEDULE = torch.linspace(0.99, 0.01, T)
 LAMBDA = torch.linspace(0.5, 1.5, T)
-TIME_IDS = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]])
+TIME_IDS = {(h, w): torch.tensor([[8.0 * h, 8.0 * w, 0.0, 0.0, 8.0 * h, 8.0 * w]]) for h, w in SIZES}
 SEED = 17
 LR = 1e-3
 
@@ -35,23 +33,6 @@ def base() -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _unet()
-
-
-def dataset() -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(3)
-    return {
-        "latents": torch.randn(6, 4, 8, 8, generator=draw), "prompt_embeds": torch.randn(4, 32, 64, generator=draw),
-        "pooled_prompt_embeds": torch.randn(4, 32, generator=draw), "prompt_index": torch.tensor([0, 1, 2, 0, 1, 2]),
-        "empty_index": 3, "weights": torch.rand(6, generator=draw) + 0.5,
-    }  # fmt: skip
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> Inputs:
-    return Inputs(**dataset(), dtype=dtype, device=CPU)
-
-
-def batch(step: int = 0, size: int = 5) -> Any:
-    return draw_batch(IDS, seed=1, step=step, timesteps=T, batch_size=size, prompt_dropout=0.4)
 
 
 def make(
@@ -70,8 +51,8 @@ def make(
     optimizer = make_optimizer(parameters, kind=kind, lr=LR, weight_decay=0.01, max_grad_norm=1.0, seed=5)
     common: dict[str, Any] = {
         "alphas_cumprod": SCHEDULE, "prediction_type": "epsilon", "timestep_weight": LAMBDA,
-        "add_time_ids": {(8, 8): TIME_IDS.to(dtype)}, "dtype": dtype, "device": CPU, "noise_seed": SEED,
-        "record": True, "autocast": False,
+        "add_time_ids": {size: ids.to(dtype) for size, ids in TIME_IDS.items()}, "dtype": dtype, "device": CPU,
+        "noise_seed": SEED, "record": True, "autocast": False,
     }  # fmt: skip
     return Stepper(unet, optimizer, **{**common, **options}), parameters
 
@@ -81,10 +62,9 @@ def by_hand(unet: Any, part: MicroBatch, *, step: int, divisor: int) -> Tensor:
     noised, target = noise_and_target(
         part.latents, part.noise_ids, SCHEDULE, part.timesteps, seed=SEED, step=step, prediction_type="epsilon"
     )
-    noise_pred = unet(
-        noised, part.timesteps, part.prompt_embeds,
-        added_cond_kwargs={"text_embeds": part.pooled_prompt_embeds, "time_ids": TIME_IDS.repeat(len(part), 1)},
-    ).sample  # fmt: skip
+    height, width = noised.shape[-2:]
+    conditions = {"text_embeds": part.pooled_prompt_embeds, "time_ids": TIME_IDS[height, width].repeat(len(part), 1)}
+    noise_pred = unet(noised, part.timesteps, part.prompt_embeds, added_cond_kwargs=conditions).sample
     loss, _ = weighted_noise_loss(
         noise_pred, target, part.weights, divisor=divisor, timesteps=part.timesteps, timestep_weight=LAMBDA
     )
@@ -98,61 +78,6 @@ def gradients(parameters: dict[str, Any]) -> dict[str, Tensor]:
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-# ---- inputs
-
-
-def check_selection(found: MicroBatch, wanted: Any) -> None:
-    data = dataset()
-    text = [3 if off else int(data["prompt_index"][row]) for row, off in zip(wanted.rows, wanted.dropped, strict=True)]
-    assert torch.equal(found.latents, data["latents"][wanted.rows])
-    assert torch.equal(found.prompt_embeds, data["prompt_embeds"][text])
-    assert torch.equal(found.pooled_prompt_embeds, data["pooled_prompt_embeds"][text])
-    assert torch.equal(found.timesteps, wanted.timesteps)
-    assert torch.equal(found.noise_ids, wanted.noise_ids)
-    assert torch.equal(found.weights, data["weights"][wanted.rows])
-
-
-def test_what_is_selected() -> None:
-    wanted = batch(step=3)
-    assert bool(wanted.dropped.any())
-    assert not bool(wanted.dropped.all())
-    found = inputs().select(wanted)
-    assert len(found) == 5
-    check_selection(found, wanted)
-
-
-def test_a_large_set_stays_in_the_machine_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere(Inputs):
-        """Says that it is on another device, and sends by a plain copy: no pinned memory without a GPU."""
-
-        def _send(self, tensor: Tensor) -> Tensor:
-            sent.append(tuple(tensor.shape))
-            return tensor.clone()
-
-    sent: list[tuple[int, ...]] = []
-    monkeypatch.setattr(step_module, "ON_DEVICE_BYTES", 10)
-    far = Elsewhere(**dataset(), dtype=torch.float32, device=torch.device("meta"))
-    assert far.home == CPU
-    wanted = batch(step=2)
-    check_selection(far.select(wanted), wanted)
-    assert len(sent) == 5
-
-
-def test_texts_are_kept_in_the_unet_s_dtype_and_latents_are_not() -> None:
-    found = inputs(torch.bfloat16).select(batch())
-    assert found.latents.dtype == found.weights.dtype == torch.float32
-    assert found.prompt_embeds.dtype == found.pooled_prompt_embeds.dtype == torch.bfloat16
-
-
-def test_parts_are_views_in_order() -> None:
-    whole = inputs().select(batch())
-    parts = whole.split(2)
-    assert [len(part) for part in parts] == [2, 2, 1]
-    for name in vars(whole):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
-        assert getattr(parts[0], name).data_ptr() == getattr(whole, name).data_ptr()
 
 
 # ---- loss and gradients
@@ -173,6 +98,44 @@ def test_loss_and_gradients_to_the_bit(base: Any, size: int) -> None:
         assert float(
             gradients(parameters)["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"].norm()
         )
+
+
+@pytest.mark.parametrize("size", [5, 2])
+def test_samples_of_several_sizes_count_as_they_would_alone(base: Any, size: int) -> None:
+    """The gradient of a batch is the mean of its samples' own, each made by itself without our engine."""
+    stepper, parameters = make(base)
+    reference, expected = make(base)
+    data = inputs(mixed=True)
+    for step in range(2):
+        wanted = batch(step)
+        parts = [part for found in data.by_size(wanted) for part in data.select(found).split(size)]
+        assert len({part.latents.shape[2:] for part in parts}) > 1
+        reference.zero_grad()
+        singles = [data.select(wanted.take(torch.tensor([i]))) for i in range(5)]
+        losses = [by_hand(reference.unet, single, step=step, divisor=1) / 5 for single in singles]
+        loss, _ = stepper.gradients(parts, step=step, divisor=5)
+        assert torch.allclose(loss, torch.stack(losses).sum(), rtol=1e-5)
+        for name, gradient in gradients(parameters).items():
+            mean = expected[name].grad / 5
+            assert torch.allclose(gradient, mean, rtol=1e-3, atol=1e-5 * float(mean.abs().max())), name
+
+
+def test_no_more_than_some_shapes_are_recorded(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those met first have buffers; the others run as they are, and every bit stays."""
+    data, results = inputs(mixed=True), []
+    for limit in (8, 2):
+        monkeypatch.setattr(step_module, "MAX_RECORDED", limit)
+        stepper, parameters = make(base)
+        found = []
+        for step in range(3):
+            parts = [data.select(part) for part in data.by_size(batch(step))]
+            found.append(stepper.gradients(parts, step=step, divisor=5)[0])
+            stepper.update(LR)
+        results.append((len(stepper._passes), torch.stack(found), parameters))
+    (many, losses, one), (few, others, other) = results
+    assert many > few == 2
+    assert torch.equal(losses, others)
+    assert same(one, other)
 
 
 def test_gradients_of_an_earlier_call_are_dropped(base: Any) -> None:
@@ -351,6 +314,16 @@ def test_settled_once_nothing_is_new(base: Any) -> None:
     assert seen == [False, False, False, False, True, False, False, False]
 
 
+def test_a_shape_that_is_new_is_not_settled(base: Any) -> None:
+    stepper, _ = make(base)
+    data, seen = inputs(mixed=True), []
+    several = [data.select(part) for part in data.by_size(batch())]
+    for step in range(10):
+        stepper.gradients(several[:1] if step < 6 else several, step=step, divisor=5)
+        seen.append(stepper.settled)
+    assert seen == [*[False] * 4, True, True, *[False] * 3, True]
+
+
 # ---- choices
 
 
@@ -376,33 +349,14 @@ def test_what_is_decided(
     choices = decide(EngineSettings(**engine), method=method, device=torch.device(device), dtype=dtype)
     assert (choices.lora, choices.optimizer, choices.autocast, choices.graph) == expected
     assert choices.attention == "sdpa"
+    assert not choices.compile
     assert set(choices.record()) == {
         f"engine.{name}" for name in ("lora", "optimizer", "autocast", "graph", "compile", "attention")
     }
 
 
-# ---- samples of several sizes
-
-
-def test_a_batch_is_cut_by_size_and_loses_nothing() -> None:
-    sides = [(8, 8), (4, 12), (8, 8), (12, 4), (4, 12), (8, 8)]
-    draw = torch.Generator().manual_seed(4)
-    rows = [torch.randn(4, h, w, generator=draw) for h, w in sides]
-    several = Inputs(**{**dataset(), "latents": rows}, dtype=torch.float32, device=CPU)
-    for step in range(4):
-        wanted = batch(step)
-        parts = several.by_size(wanted)
-        # A sample at the seam of two epochs comes twice, with draws of its own each time.
-        assert sorted(triple for part in parts for triple in draws(part)) == sorted(draws(wanted))
-        for part in parts:
-            found = several.select(part)
-            assert len({sides[row] for row in part.rows.tolist()}) == 1
-            assert torch.equal(found.latents, torch.stack([rows[row] for row in part.rows.tolist()]))
-            assert torch.equal(found.weights, dataset()["weights"][part.rows])
-    (whole,) = inputs().by_size(wanted)
-    assert whole is wanted
-
-
-def draws(found: Any) -> list[tuple[int, int, int, bool]]:
-    columns = (found.rows, found.timesteps, found.noise_ids, found.dropped)
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def test_several_sizes_are_not_compiled() -> None:
+    engine = EngineSettings(compile=True)
+    given: dict[str, Any] = {"method": "lora", "device": CPU, "dtype": torch.float32}
+    assert decide(engine, **given).compile
+    assert not decide(engine, **given, several_sizes=True).compile
