@@ -34,6 +34,15 @@ class Fit:
         left, top = (self.scaled_width - self.width) // 2, (self.scaled_height - self.height) // 2
         return left, top, left + self.width, top + self.height
 
+    def box_in(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The same part in a picture's own pixels, unscaled: left, top, right, bottom.
+
+        To scale this part alone takes memory for what is kept, however long and thin a picture is.
+        """
+        across, down = min(width, self.width / self.enlargement), min(height, self.height / self.enlargement)
+        left, top = (width - across) / 2, (height - down) / 2
+        return left, top, left + across, top + down
+
     @property
     def kept(self) -> float:
         """Share of the picture's area that is kept, 0 to 1."""

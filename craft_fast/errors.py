@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -18,6 +19,14 @@ class ExitCode(IntEnum):
     QUALITY = 7
     SIGINT = 130
     SIGTERM = 143
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """``did you mean kohya? `` with the one of ``known`` that looks most like ``word``; empty where none does."""
+    import difflib  # 4 ms, and only who mistypes waits for them
+
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 class CraftError(Exception):

@@ -6,7 +6,7 @@ request in diffusers' own (``export.format``). A fully trained UNet becomes the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from craft_fast.lora.metadata import header, ours
 from craft_fast.lora.writing import Format, refuse_non_finite, write_adapter
 from craft_fast.progress import Progress
 from craft_fast.records import FileRef
+from craft_fast.sdxl.identify import read_header
 from craft_fast.sdxl.unet import WEIGHTS_NAME, BaseUnet, base_unet
 from craft_fast.store import atomic
+from craft_fast.store.digest import sha256_file
 from craft_fast.store.run import Run
 from craft_fast.store.safe_load import load_safetensors
 
@@ -241,32 +243,42 @@ def _same_names_and_shapes(
         )
 
 
-def stamp(run: Run, files: Sequence[FileRef], facts: Mapping[str, Any]) -> list[FileRef]:
+def stamp(
+    run: Run,
+    files: Sequence[FileRef],
+    facts: Mapping[str, Any],
+    *,
+    pending: Sequence[FileRef] = (),
+    announce: Callable[[Sequence[FileRef]], None] = lambda files: None,
+) -> list[FileRef]:
     """Put facts that came later into the header of exported LoRA files; tensors stay, to the bit.
 
     Args:
         run: the open run.
         files: as recorded.
         facts: written under ``craft.``, in place of those of the same name.
+        pending: what ``announce`` was told by a call that was killed; files may be these already.
+        announce: told what the files will be before the first is written, so that after a kill both are known.
 
     Returns:
         The files as they are now, in the same order.
 
     Raises:
-        IntegrityError: a file is not what was written, and does not hold the facts either.
+        IntegrityError: a file is neither what was written nor what was going to be.
     """
-    from craft_fast.sdxl.identify import read_header
-
-    said = ours(facts)
-    result = []
+    known = {(ref.path, ref.sha256) for ref in (*files, *pending)}
+    plan = []
     for ref in files:
         path = run.path(ref.path)
-        metadata = read_header(path).metadata
-        there = said.items() <= metadata.items()
-        # A kill between the file and its record leaves a file that says it, under the digest of the one before.
-        tensors = load_safetensors(path, expect_sha256=None if there else ref.sha256)
-        if there and metadata.get("sshs_model_hash") != atomic.tensors_sha256(tensors):
+        found = replace(ref, sha256=sha256_file(path))
+        if (found.path, found.sha256) not in known:
             raise IntegrityError("An exported file is not what was written", where=str(path), hint="type export again")
-        written = atomic.write_safetensors(path, tensors, {**metadata, **said})
-        result.append(replace(ref, sha256=written.sha256, size=written.size))
-    return result
+        tensors = load_safetensors(path, expect_sha256=found.sha256)
+        metadata = {**read_header(path).metadata, **ours(facts)}
+        new = FileRef(ref.path, *atomic.safetensors_digest(tensors, metadata))
+        plan.append((found, new, tensors, metadata))
+    announce([new for _, new, _, _ in plan])
+    for found, new, tensors, metadata in plan:
+        if found.sha256 != new.sha256:
+            atomic.write_safetensors(run.path(new.path), tensors, metadata)
+    return [new for _, new, _, _ in plan]

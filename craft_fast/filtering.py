@@ -213,12 +213,6 @@ def filter_candidates(
     )
 
 
-def all_accepted(selections: Sequence[Selection]) -> FilterResult:
-    """The result where verdicts came with own pictures: no reward was asked, and none can be loosened."""
-    ids = tuple(row.candidate_id for row in selections)
-    return FilterResult(tuple(selections), ids, len(ids), len(ids), {"all": 1.0}, False, {})
-
-
 def _verdicts(members: Sequence[Candidate], scores: Scores, settings: FilterSettings) -> dict[str, dict[str, bool]]:
     """The known factors of a group's variants; those that are not known cannot change a verdict."""
     values = [scores[member.candidate_id] for member in members]
@@ -365,17 +359,12 @@ def training_samples(
     """
     rows = {row.candidate_id: row for row in candidates}
     chosen = [selection for selection in selections if selection.accepted]
-    weights = (
-        sample_weights(
-            [s.advantage for s in chosen],
-            [True] * len(chosen),
-            train.weighting,
-            clip=train.weight_clip,
-            temperature=train.weight_temperature,
-        )
-        if given is None
-        else [given[s.candidate_id] for s in chosen]
-    )
+    if given is None:
+        values, bounds = [s.advantage for s in chosen], {"clip": train.weight_clip}
+        bounds["temperature"] = train.weight_temperature
+        weights = sample_weights(values, [True] * len(chosen), train.weighting, **bounds)
+    else:
+        weights = [given[s.candidate_id] for s in chosen]
     samples = []
     for selection, weight in zip(chosen, weights, strict=True):
         if weight != 0.0:

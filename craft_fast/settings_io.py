@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from craft_fast.config import RewardSettings, Section, Settings, SlotSettings
-from craft_fast.errors import ConfigError
+from craft_fast.errors import ConfigError, closest
 from craft_fast.settings_checks import cross_checks, not_finite
 from craft_fast.settings_yaml import Lines, dump_inline, parse_yaml, read_yaml
 
@@ -275,7 +275,9 @@ def _failure(error: dict[str, Any]) -> tuple[tuple[str, ...], str]:
         if message.startswith(prefix):
             message = "must be " + ("a " if "valid" in prefix else "") + message.removeprefix(prefix)
             break
-    return path, f"found {_show(error['input'])}; {message[0].lower()}{message[1:]}"
+    choices = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+    guess = closest(error["input"], choices).strip() if choices and isinstance(error["input"], str) else ""
+    return path, f"found {_show(error['input'])}; {message[0].lower()}{message[1:]}{'; ' if guess else ''}{guess}"
 
 
 def _origin(layers: Sequence[_Layer], path: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from craft_fast.errors import IntegrityError
+from craft_fast.pipeline_facts import exported_files, pending_files
 from craft_fast.records import FileRef
 from craft_fast.store.digest import sha256_bytes, sha256_file
 from craft_fast.store.run import Run, open_run
@@ -69,10 +70,13 @@ def _files(run: Run) -> Iterator[Check]:
     for kind, _, _, ref in run.manifest.all_files():
         kinds.setdefault(kind, {})[ref] = None
     row = run.manifest.stage("export")
-    if row is not None and row.state == "done" and "sha256" in row.info:
-        main = FileRef(str(row.info["path"]), str(row.info["sha256"]), int(row.info["size"]))
-        for ref in (main, *(FileRef(**also) for also in row.info.get("also", ()))):
-            kinds.setdefault("lora", {})[ref] = None
+    if row is not None and row.state == "done":
+        # A kill while the scores were put into a file leaves the old one or the new one.
+        pending = {ref.path: ref for ref in pending_files(row)}
+        for ref in exported_files(row):
+            new = pending.get(ref.path)
+            taken = new is not None and bool(_problem(run, ref)) and not _problem(run, new)
+            kinds.setdefault("lora", {})[new if new is not None and taken else ref] = None
     for kind, refs in kinds.items():
         bad = [Check(ref.path, False, problem) for ref in refs if (problem := _problem(run, ref))]
         what = _NAMES.get(kind, kind.replace("_", " "))

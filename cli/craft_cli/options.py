@@ -2,65 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import craft_fast
+from craft_cli import completion
 
-DEFAULT_PRESET = "tiny"
-DEFAULT_RUNS = Path("runs")
-
-
-def preset_names() -> list[str]:
-    """Names of the presets, read from their folder: ``settings_io`` would bring pydantic and YAML into every help."""
-    names = (path.stem for path in Path(craft_fast.__file__).with_name("presets").glob("*.yaml"))
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
-
-
-def complete_from(*words: str) -> Callable[[str], list[str]]:
-    """Completion of an option that takes one of some words."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
-
-    return complete
-
-
-def _complete_presets(incomplete: str) -> list[str]:
-    return [name for name in preset_names() if name.startswith(incomplete)]
-
-
-def _complete_set(incomplete: str) -> list[str]:
-    from craft_fast.settings_io import field_docs
-
-    key, equals, _ = incomplete.partition("=")
-    if not equals:
-        return [f"{doc.key}=" for doc in field_docs() if doc.key.startswith(key)]
-    return [
-        choice
-        for doc in field_docs()
-        if doc.key == key
-        for choice in (f"{key}={value}" for value in doc.allowed.split(" | "))
-        if " " not in choice and choice.startswith(incomplete)
-    ]
-
-
-def _complete_vram(incomplete: str) -> list[str]:
-    return [size for size in ("4", "6", "8", "10", "11", "12", "16", "20", "24", "32") if size.startswith(incomplete)]
-
-
-def _complete_runs(incomplete: str) -> list[str]:
-    return [name for name in run_names(DEFAULT_RUNS) if name.startswith(incomplete)]
-
-
-def run_names(runs: Path) -> list[str]:
-    """Names of the runs in the folder ``runs``, in alphabetical order."""
-    return sorted(path.parent.name for path in runs.glob("*/manifest.sqlite")) if runs.is_dir() else []
-
+DEFAULT_PRESET, DEFAULT_RUNS = completion.DEFAULT_PRESET, completion.DEFAULT_RUNS
+STAGES, DEVICES = completion.STAGES, completion.DEVICES
+preset_names, run_names = completion.preset_names, completion.run_names
+complete_from, complete_runs = completion.complete_from, completion.complete_runs
+complete_presets, complete_rewards = completion.complete_presets, completion.complete_rewards
+# Their names of before.
+_complete_runs, _complete_presets = complete_runs, complete_presets
 
 Prompts = Annotated[
     str | None,
@@ -84,7 +39,7 @@ Name = Annotated[
         "--name",
         "-n",
         metavar="NAME",
-        autocompletion=_complete_runs,
+        autocompletion=complete_runs,
         help="The run's name; the same name continues it. Default: the preset's or the settings file's name.",
     ),
 ]
@@ -106,7 +61,7 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        autocompletion=_complete_presets,
+        autocompletion=complete_presets,
         help=f"Settings to start from: {', '.join(preset_names())}. Default: {DEFAULT_PRESET}.",
     ),
 ]
@@ -116,7 +71,7 @@ Set = Annotated[
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        autocompletion=_complete_set,
+        autocompletion=completion.complete_set,
         help="Change one setting (train.rank=32); give it many times.",
     ),
 ]
@@ -129,7 +84,10 @@ MaxMinutes = Annotated[
 Vram = Annotated[
     float | None,
     typer.Option(
-        "--vram", metavar="GIB", autocompletion=_complete_vram, help="Hard cap: use at most so many GiB of the GPU."
+        "--vram",
+        metavar="GIB",
+        autocompletion=completion.complete_vram,
+        help="Hard cap: use at most so many GiB of the GPU.",
     ),
 ]
 Offline = Annotated[
@@ -140,7 +98,15 @@ Offline = Annotated[
         show_default=False,
     ),
 ]
-Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+Until = Annotated[
+    str | None,
+    typer.Option(
+        "--until",
+        metavar="STAGE",
+        autocompletion=complete_from(*STAGES),
+        help=f"Stop after this stage: {', '.join(STAGES)}.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 

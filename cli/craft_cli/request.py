@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from craft_cli.options import DEFAULT_PRESET, DEFAULT_RUNS, run_names
-from craft_fast.errors import ConfigError, UsageError
+from craft_fast.errors import ConfigError, UsageError, closest
 
 if TYPE_CHECKING:
     from craft_fast.config import Settings
@@ -74,7 +74,7 @@ class Request:
             return self.root
         others = run_names(self.runs)
         there = f"; there are: {', '.join(others[:10])}" if others else ""
-        hint = f"start one: {self.command('run')}{there}"
+        hint = f"{closest(self.run_name, others)}start one: {self.command('run')}{there}"
         raise UsageError("There is no such run", where=str(self.root), hint=hint)
 
 
@@ -86,8 +86,7 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
     """
     if value in allowed:
         return value
-    close = difflib.get_close_matches(value, allowed, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
+    guess = closest(value, allowed)
     raise UsageError("There is no such choice", where=f"{option} {value}", hint=f"{guess}one of: {', '.join(allowed)}")
 
 

@@ -7,19 +7,22 @@ itself.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isclose, prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from craft_fast.errors import CraftError, IntegrityError
-from craft_fast.lora.adapter import Adapter, LoraLayer
+from craft_fast.lora.adapter import COMPONENTS, Adapter, LoraLayer
 from craft_fast.lora.keys import TE1, TE2, UNET, Layers, layers
-from craft_fast.lora.reading import read_adapter, refuse_other_kinds
+from craft_fast.lora.reading import DIFFUSERS_METADATA, Patterns, adapter_of, read_adapter, refuse_other_kinds
 from craft_fast.quiet import import_bitsandbytes
 from craft_fast.sdxl import published
 from craft_fast.sdxl.identify import Header, read_header
@@ -35,9 +38,11 @@ _ENDINGS: dict[str, tuple[tuple[str, str], ...]] = {
         (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
         (".lora_A.default.weight", ".lora_B.default.weight"),
     ),
-    "A1111": ((".lora_down.weight", ".lora_up.weight"),),
+    "A1111": ((".lora_down.weight", ".lora_up.weight"), (".lora_A.weight", ".lora_B.weight")),
 }  # fmt: skip
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"
+OFF_STRENGTH = "layers at another strength than the file says"
+"""In a problem's words: matrices are loaded, but not multiplied with ``alpha / rank``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,9 @@ def require_loads(
     """
     findings = [found for found in check_file(path, unet_config) if format == "kohya" or found.program == "diffusers"]
     problems = [f"{found.program}: {problem}" for found in findings for problem in found.problems]
+    if expected is not None and len({layer.alpha for layer in expected.layers.values()}) > 1:
+        # Of kohya's keys diffusers reads one alpha for all attention layers; nothing in a file can change that.
+        problems = [problem for problem in problems if OFF_STRENGTH not in problem]
     if not problems and expected is not None:
         problems = differences(read_adapter(path, unet_config), expected)
     if problems:
@@ -126,10 +134,10 @@ def differences(found: Adapter, expected: Adapter) -> list[str]:
 
 
 def _same(ours: LoraLayer, theirs: LoraLayer) -> bool:
-    # A scale that float32 cannot hold is stored as the nearest one it can.
-    scales = [torch.tensor(layer.scale, dtype=torch.float32) for layer in (ours, theirs)]
+    # An alpha that float32 cannot hold is stored as the nearest one that it can.
+    alphas = [torch.tensor(layer.scale * layer.rank, dtype=torch.float32) for layer in (ours, theirs)]
     same = [torch.equal(a.to("cpu"), b.to("cpu")) for a, b in ((ours.down, theirs.down), (ours.up, theirs.up))]
-    return all(same) and bool(torch.isclose(scales[0], scales[1], rtol=1e-7, atol=0.0))
+    return all(same) and torch.equal(*alphas)
 
 
 # ---- ComfyUI, A1111, Forge: their rules
@@ -149,9 +157,9 @@ def _by_rules(program: Program, header: Header, known: Layers) -> Finding:
         name, partner = place(stem, known), stem + up
         if name is None or partner not in header.shapes:
             continue
-        wanted, found = known.shapes[name], header.shapes[partner]
-        if (found[0], *shape[1:2]) != wanted[:2] or found[1] != shape[0] or len(shape) != len(wanted):
-            problems.append(f"{key} is {shape} for a weight of {wanted}")
+        found = header.shapes[partner]
+        if not _fits(shape, found, known.shapes[name] if name in known.sized else None):
+            problems.append(f"{key} is {shape}, {partner} {found}, for a weight of {known.shapes[name]}")
         used |= {key, partner, f"{stem}.alpha"}
         loaded += 1
     unused = sorted(header.shapes.keys() - used)
@@ -161,20 +169,30 @@ def _by_rules(program: Program, header: Header, known: Layers) -> Finding:
     return Finding(program, loaded, total, (*problems, *_listing(program, header.metadata)))
 
 
+def _fits(down: tuple[int, ...], up: tuple[int, ...], weight: tuple[int, ...] | None) -> bool:
+    """Whether ``up @ down``, each flattened to two axes, has as many numbers as the weight: the programs reshape it."""
+    if min(len(down), len(up)) < 2 or prod(up[1:]) != down[0]:
+        return False
+    return weight is None or (up[0] == weight[0] and prod(down[1:]) == prod(weight[1:]))
+
+
 def _stem(key: str) -> str:
-    return re.sub(r"\.(alpha|lora_\w+\.weight|lora_\w+\.default\.weight)$|_lora\.(down|up)\.weight$", "", key)
+    return re.sub(r"\.(alpha|lora_\w+(\.default)?\.weight)$|[._]lora(_linear_layer)?\.(down|up)\.weight$", "", key)
 
 
 def _comfy_layer(stem: str, known: Layers) -> str | None:
     """Kohya's names with sgm or diffusers blocks, dotted sgm, and the names of diffusers' old attention processors."""
-    if stem.startswith((TE1, TE2)):
-        return None if stem.endswith("text_projection") else known.by_kohya.get(stem)
-    if stem.startswith(UNET):
+    if stem.startswith("lora_te_"):
+        stem = TE1 + stem.removeprefix("lora_te_")
+    if stem.startswith((UNET, TE1, TE2)):
         return known.by_kohya.get(stem)
     if stem.startswith("lycoris_"):
         return known.by_kohya.get(UNET + stem.removeprefix("lycoris_"))
     if stem.startswith("diffusion_model."):
         return known.by_dotted.get(stem.removeprefix("diffusion_model."))
+    if stem.startswith("text_encoders.clip_"):
+        stem = stem.replace("text_encoders.clip_l.transformer", "text_encoder")
+        stem = stem.replace("text_encoders.clip_g.transformer", "text_encoder_2")
     if stem.startswith("text_encoder"):
         return stem if stem in known.shapes and not stem.endswith("text_projection") else None
     name = "unet." + stem.removeprefix("unet.").replace(".processor.to_", ".to_")
@@ -185,10 +203,10 @@ def _comfy_layer(stem: str, known: Layers) -> str | None:
 
 
 def _a1111_layer(stem: str, known: Layers) -> str | None:
-    """Kohya's names; blocks by diffusers' names are counted by three, and an upsampler of block 0 is sought wrongly."""
-    if re.fullmatch(r"lora_unet_up_blocks_0_upsamplers_0_conv", stem):
+    """Kohya's names; of diffusers' blocks, the first upsampler is sought where Stable Diffusion 1 has it."""
+    if stem == UNET + "up_blocks_0_upsamplers_0_conv" or stem.startswith(UNET + "add_embedding"):
         return None
-    if stem.startswith(UNET + "add_embedding"):
+    if stem == TE2 + "text_projection":
         return None
     return known.by_kohya.get(stem) if stem.startswith((UNET, TE1, TE2)) else None
 
@@ -210,42 +228,148 @@ def _listing(program: Program, metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 def _diffusers(path: Path, header: Header, unet_config: Mapping[str, Any] | None) -> Finding:
     known, total = layers(unet_config), len({_stem(key) for key in header.shapes})
+    tensors = load_safetensors(path)
     try:
-        state = diffusers_state(load_safetensors(path), unet_config)
-        names = {_diffusers_name(key) for key in state}
+        state, alphas = _converted(tensors, unet_config)
+        parts = {component: _as_peft(state, component, tensors) for component in COMPONENTS}
+        configs = {part: _peft_config(own, part, alphas, header.metadata) for part, own in parts.items() if own}
     except CraftError:
         raise
     except Exception as error:  # whatever diffusers raises on keys it does not know
-        return Finding("diffusers", 0, total, (str(error).strip().splitlines()[0][:300],))
-    unknown = sorted(name for name in names if name not in known.shapes)
-    problems = [f"{len(unknown)} layers are not the model's: {', '.join(unknown[:3])}"] if unknown else []
-    for key, value in state.items():
-        shape = known.shapes.get(_diffusers_name(key))
-        if shape is not None and _misfits(key, tuple(value.shape), shape):
-            problems.append(f"{key} is {tuple(value.shape)} for a weight of {shape}")
-    return Finding("diffusers", len(names) - len(unknown), len(names), tuple(problems))
+        return Finding("diffusers", 0, total, ((str(error).strip().splitlines() or [repr(error)])[0][:300],))
+    names = {_canonical(component, key) for component, own in parts.items() for key in own}
+    names |= {key for key in state if not key.startswith(tuple(f"{component}." for component in COMPONENTS))}
+    taken = _taken(tensors, unet_config, known) if names - known.shapes.keys() else {}
+    said = "; ".join(f"{stem}, read as {name}" for stem, name in list(taken.items())[:3])
+    problems = [f"{len(taken)} layers are not the model's: {said}"] if taken else []
+    for component, own in parts.items():
+        for key, value in own.items():
+            name = _canonical(component, key)
+            if name in known.sized and _misfits(key, tuple(value.shape), known.shapes[name]):
+                problems.append(f"{name} is {tuple(value.shape)} for a weight of {known.shapes[name]}")
+    if not problems:
+        adapter = adapter_of(tensors, header.metadata, known, where=str(path))
+        if dropped := sorted(adapter.layers.keys() - names):
+            return Finding(
+                "diffusers", total - len(dropped), total, (f"left out in silence: {', '.join(dropped[:3])}",)
+            )
+        problems += _off_strength(adapter, parts, configs)
+    return Finding("diffusers", total - len(taken), total, tuple(problems))
 
 
-def _misfits(key: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    down = ".lora_A." in key or ".down." in key
-    return shape[1] != weight[1] if down else shape[0] != weight[0]
+def diffusers_state(state: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """A file's tensors under the names that ``StableDiffusionXLPipeline.load_lora_weights`` gives them.
+
+    Raises:
+        ValueError: diffusers does not know a key.
+    """
+    return _converted(state, unet_config)[0]
 
 
-def _diffusers_name(key: str) -> str:
-    """The layer of a key that diffusers' own conversion gives."""
-    stem = re.sub(r"\.lora_[AB](\.default)?\.weight$|(\.|_)lora(_linear_layer)?\.(down|up)\.weight$", "", key)
-    stem = re.sub(r"\.processor\.(to_\w+)$", r".\1", stem)
-    stem = re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", stem)
-    stem = re.sub(r"self_attn\.to_([qkv])$", r"self_attn.\1_proj", stem)
-    stem = re.sub(r"self_attn\.to_out$", r"self_attn.out_proj", stem)
-    return stem + ".0" if stem.endswith(".to_out") else stem
-
-
-def diffusers_state(state: Mapping[str, torch.Tensor], unet_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A file's tensors under the names that ``StableDiffusionXLPipeline.load_lora_weights`` gives them."""
+def _converted(
+    state: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None
+) -> tuple[dict[str, Tensor], dict[str, float] | None]:
     import_bitsandbytes()
     import diffusers
 
     config = SimpleNamespace(**dict(unet_config or published.UNET))
-    converted, _ = diffusers.StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=config)
-    return dict(converted)
+    converted, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(dict(state), unet_config=config)
+    return dict(converted), alphas
+
+
+def _taken(tensors: Mapping[str, Tensor], unet_config: Mapping[str, Any] | None, known: Layers) -> dict[str, str]:
+    """Keys of the file, without their endings, that diffusers takes for a layer which is not there, and for which."""
+    by_stem: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        by_stem.setdefault(_stem(key), {})[key] = value
+    found = {}
+    for stem, own in by_stem.items():
+        names = {_canonical(*key.partition(".")[::2]) for key in _converted(own, unet_config)[0]}
+        if strange := sorted(names - known.shapes.keys()):
+            found[stem] = strange[0]
+    return found
+
+
+def _as_peft(state: Mapping[str, Tensor], component: str, file: Iterable[str]) -> dict[str, Tensor]:
+    """One component's tensors by PEFT's names, as diffusers' loaders (peft.py, lora_base.py) make them."""
+    from diffusers.utils import state_dict_utils
+
+    own = {key.removeprefix(f"{component}."): v for key, v in state.items() if key.startswith(f"{component}.")}
+    if component != "unet" and own:
+        try:
+            own = state_dict_utils.convert_state_dict_to_peft(state_dict_utils.convert_state_dict_to_diffusers(own))
+        except ValueError as error:
+            marks = (
+                ("lora_te2_", "text_encoder_2.") if component[-1] == "2" else ("lora_te_", "lora_te1_", "text_encoder.")
+            )
+            keys = [key for key in file if key.startswith(marks)]
+            raise ValueError(f"{error} from {', '.join(keys[:3])}, without a layer's out_proj among them") from error
+        if component == "text_encoder":
+            # As transformers 5.6 took it off the modules of CLIPTextModel; alphas keep it, and fit no module then.
+            own = {key.removeprefix("text_model."): value for key, value in own.items()}
+    elif own and "lora_A" not in next(iter(own)):
+        own = state_dict_utils.convert_unet_state_dict_to_peft(own)
+    return own
+
+
+def _peft_config(
+    own: Mapping[str, Tensor], component: str, alphas: Mapping[str, float] | None, metadata: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """What diffusers gives to ``peft.LoraConfig``: the header's word, else what it makes of ranks and alphas."""
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    said = json.loads(metadata[DIFFUSERS_METADATA]) if DIFFUSERS_METADATA in metadata else None
+    if said and alphas:
+        raise ValueError(f"it refuses alphas beside {DIFFUSERS_METADATA} in the header")
+    if said:
+        return {k.removeprefix(f"{component}."): v for k, v in said.items() if k.startswith(f"{component}.")}
+    prefix, mark = f"{component}.", "^" if component == "unet" else ""
+    ranks = {f"{mark}{key}": value.shape[1] for key, value in own.items() if ".lora_B." in key}
+    if component != "unet":
+        ranks = {key: rank for key, rank in ranks.items() if "text_projection" not in key}
+    if not ranks:
+        raise ValueError(f"it does not load {', '.join(own)} alone")
+    mine = {key.removeprefix(prefix): alpha for key, alpha in (alphas or {}).items() if key.startswith(prefix)}
+    made: Mapping[str, Any] = get_peft_kwargs(ranks, mine, own, is_unet=component == "unet")
+    return made
+
+
+def _off_strength(
+    adapter: Adapter, parts: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """Layers that PEFT, told what diffusers tells it, makes of another rank, or multiplies with something else."""
+    off, wrong = [], []
+    for component, config in configs.items():
+        ranks, alphas = Patterns(config.get("rank_pattern") or {}), Patterns(config.get("alpha_pattern") or {})
+        for key in parts[component]:
+            if ".lora_A." not in key:
+                continue
+            name, module = _canonical(component, key), _stem(key)
+            layer, rank = adapter.layers[name], float(ranks.get([module], config["r"]))
+            alpha = float(alphas.get([module], config["lora_alpha"]))
+            if rank != layer.rank:
+                wrong.append(f"{name} ({rank:g}, not {layer.rank})")
+            elif not isclose(alpha / (rank**0.5 if config.get("use_rslora") else rank), layer.scale, rel_tol=1e-6):
+                off.append(name)
+    if wrong:
+        yield f"the header names another rank for {len(wrong)} layers: {', '.join(wrong[:3])}"
+    if off:
+        yield f"{len(off)} {OFF_STRENGTH}: {', '.join(off[:3])}"
+
+
+def _canonical(component: str, key: str) -> str:
+    """The layer, named as in ``Adapter.layers``, of a key in PEFT's or diffusers' naming."""
+    module = _stem(key)
+    module = re.sub(r"\.processor\.(to_\w+)$", r".\1", module)
+    if component == "unet" and module.endswith(".to_out"):
+        module += ".0"
+    module = re.sub(r"self_attn\.to_([qkv])$", r"self_attn.\1_proj", module)
+    module = re.sub(r"self_attn\.to_out$", "self_attn.out_proj", module)
+    if component != "unet" and module.startswith("encoder."):
+        module = f"text_model.{module}"
+    return f"{component}.{module}"
+
+
+def _misfits(key: str, shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """PEFT takes no other shape than the layer's own."""
+    return shape[1:] != weight[1:] if ".lora_A." in key else (shape[0], len(shape)) != (weight[0], len(weight))

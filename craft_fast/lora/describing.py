@@ -171,7 +171,9 @@ def require_lora(path: Path) -> None:
 # ---- headers of files made from others
 
 
-_OF_SIZE = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_output_name", "modelspec.title")
+_OF_SIZE = (
+    "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", "ss_output_name", "modelspec.title",
+)  # fmt: skip
 
 
 def network_entries(adapter: Adapter, title: str) -> dict[str, str]:

@@ -49,12 +49,14 @@ class Layers:
         kohya: the same to kohya's name with sgm blocks, such as ``lora_unet_input_blocks_4_1_proj_in``.
         by_kohya: names that kohya's trainers write, sgm or diffusers blocks, and back to the first.
         by_dotted: dotted sgm names (``input_blocks.4.1.proj_in``) of the UNet, and back.
+        sized: names whose shape is known; of a UNet that is not of SDXL's width, the text encoders' are not.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     kohya: Mapping[str, str]
     by_kohya: Mapping[str, str]
     by_dotted: Mapping[str, str]
+    sized: frozenset[str]
 
 
 def layers(unet_config: Mapping[str, Any] | None = None) -> Layers:
@@ -84,7 +86,10 @@ def _layers(config_json: str) -> Layers:
     kohya = {name: to_kohya(name, config) for name in shapes}
     diffusers_blocks = {_kohya_as_diffusers(name): name for name in shapes}
     dotted = {to_sgm(name.removeprefix("unet."), config): name for name in shapes if name.startswith("unet.")}
-    return Layers(shapes, kohya, {**diffusers_blocks, **{key: name for name, key in kohya.items()}}, dotted)
+    by_kohya = {**diffusers_blocks, **{key: name for name, key in kohya.items()}}
+    whole = config.get("cross_attention_dim") == published.UNET["cross_attention_dim"]
+    sized = frozenset(name for name in shapes if whole or name.startswith("unet."))
+    return Layers(shapes, kohya, by_kohya, dotted, sized)
 
 
 def _adaptable(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -93,17 +98,33 @@ def _adaptable(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tup
             yield name.removesuffix(".weight"), shape
 
 
-def to_kohya(name: str, unet_config: Mapping[str, Any]) -> str:
+def to_kohya(name: str, unet_config: Mapping[str, Any] | None = None) -> str:
     """Kohya's name of a layer, with sgm blocks.
 
     Args:
         name: ``<component>.<module>`` in diffusers' naming.
-        unet_config: of diffusers.
+        unet_config: of diffusers; None: SDXL's as published.
+
+    Raises:
+        KeyError: no layer of such an SDXL.
     """
     component, _, module = name.partition(".")
     if component == "unet":
-        return UNET + to_sgm(module, unet_config).replace(".", "_")
+        return UNET + to_sgm(module, unet_config or published.UNET).replace(".", "_")
     return _kohya_as_diffusers(name)
+
+
+def to_diffusers(key: str, unet_config: Mapping[str, Any] | None = None) -> str:
+    """The layer, ``<component>.<module>`` in diffusers' naming, of a name that a kohya trainer gives it.
+
+    Args:
+        key: with sgm or diffusers blocks, without the matrix's ending, such as ``lora_unet_input_blocks_4_1_proj_in``.
+        unet_config: of diffusers; None: SDXL's as published.
+
+    Raises:
+        KeyError: no layer of such an SDXL.
+    """
+    return layers(unet_config).by_kohya[key]
 
 
 def _kohya_as_diffusers(name: str) -> str:

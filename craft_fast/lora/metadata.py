@@ -1,8 +1,10 @@
 """The header of a LoRA file: what user interfaces read to list it under SDXL, and what made it.
 
-Facts: toolkits' readers (A1111 extensions-builtin/Lora/network.py, Forge sd_forge_lora/network.py), writers
-(kohya-ss/sd-scripts train_network.py, library/sai_model_spec.py) and Stability-AI/ModelSpec. No date is written: equal
-runs give equal files.
+Facts: readers (A1111 extensions-builtin/Lora/network.py, Forge sd_forge_lora/network.py), writers
+(kohya-ss/sd-scripts train_network.py, library/sai_model_spec.py) and Stability-AI/ModelSpec. No date is written, as
+equal runs give equal files; nor ``ss_mixed_precision``, as how a run is laid onto a machine is not part of what it
+made. No reader looks for a mark of v-prediction in a LoRA (kohya, too, writes ``modelspec.prediction_type`` alone): the
+base model has it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from craft_fast import __version__
-from craft_fast.lora.adapter import Adapter
+from craft_fast.lora.adapter import Adapter, LoraLayer
 from craft_fast.lora.check import SDXL_ARCHITECTURE
 
 OURS = "craft."
@@ -46,8 +48,9 @@ def header(
     Returns:
         Text to text.
     """
-    ranks = [layer.rank for layer in adapter.layers.values()]
-    alphas = [float(layer.rank if layer.alpha is None else layer.alpha) for layer in adapter.layers.values()]
+    plain = [layer for layer in adapter.layers.values() if layer.down.shape[2:].numel() <= 1]
+    main = plain or list(adapter.layers.values())
+    ranks, alphas = [layer.rank for layer in main], [_alpha(layer) for layer in main]
     said = {
         # Without this A1111 takes the file for one of Stable Diffusion 1 and hides it; v-prediction models have it too.
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -55,9 +58,10 @@ def header(
         "ss_network_module": "networks.lora",
         "ss_network_dim": _most(ranks),
         "ss_network_alpha": _most(alphas),
+        "ss_network_args": json.dumps(_network_args(adapter)),
         "ss_output_name": name,
         "ss_zero_terminal_snr": str(zero_terminal_snr),
-        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": SDXL_ARCHITECTURE,
         "modelspec.title": title or name,
         "modelspec.prediction_type": _PREDICTIONS[prediction_type],
@@ -73,6 +77,17 @@ def ours(facts: Mapping[str, Any]) -> dict[str, str]:
         OURS + key: value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
         for key, value in facts.items()
     }
+
+
+def _network_args(adapter: Adapter) -> dict[str, str]:
+    """What kohya's ``networks.lora`` is told about convolutions with a kernel; without such layers nothing."""
+    convs = [layer for layer in adapter.layers.values() if layer.down.shape[2:].numel() > 1]
+    ranks, alphas = [layer.rank for layer in convs], [_alpha(layer) for layer in convs]
+    return {"conv_dim": _most(ranks), "conv_alpha": _most(alphas)} if convs else {}
+
+
+def _alpha(layer: LoraLayer) -> float:
+    return float(layer.rank if layer.alpha is None else layer.alpha)
 
 
 def _most(values: Sequence[float]) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from craft_fast.errors import IntegrityError
-from craft_fast.lora.adapter import Adapter, LoraLayer
+from craft_fast.lora.adapter import COMPONENTS, Adapter, LoraLayer
 from craft_fast.lora.keys import TE1, TE2, UNET, Layers, layers
 from craft_fast.sdxl.identify import read_header
 from craft_fast.store.safe_load import load_safetensors
 
 Part = Literal["down", "up", "alpha"]
 DIFFUSERS_METADATA = "lora_adapter_metadata"
+_ALPHA_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ALPHA_DTYPES = "craft.alpha_dtypes"
 """Header entry: JSON of layer to dtype, where a kohya file's alphas had another dtype than its matrices."""
 
@@ -82,15 +85,30 @@ def adapter_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], known
         place = locate(key, known)
         if place is None:
             unknown.append(key)
+        elif place[1] in parts.setdefault(place[0], {}):
+            _refuse_twice(place[0], key, where)
         else:
-            parts.setdefault(place[0], {})[place[1]] = value
+            parts[place[0]][place[1]] = value
     halves = [name for name, found in parts.items() if not {"down", "up"} <= found.keys()]
     if unknown or halves or not parts:
         _refuse(unknown, halves, where)
-    stored = _stored_alphas(metadata, known, where)
+    stored = _stored_alphas(metadata, parts, where)
     found = {name: _layer(name, parts[name], stored.get(name), where) for name in sorted(parts)}
-    odd = _odd_alpha_dtypes(parts)
-    return Adapter(found, {**metadata, **({ALPHA_DTYPES: json.dumps(odd, sort_keys=True)} if odd else {})})
+    kept = dict(metadata)
+    if any("alpha" in one for one in parts.values()):
+        kept.pop(ALPHA_DTYPES, None)
+        kept |= {ALPHA_DTYPES: json.dumps(odd, sort_keys=True)} if (odd := _odd_alpha_dtypes(parts)) else {}
+    return Adapter(found, kept)
+
+
+def alpha_dtypes(metadata: Mapping[str, str]) -> dict[str, torch.dtype]:
+    """What ``ALPHA_DTYPES`` says, by layer; what is no dtype of numbers is left out, as the header may be anybody's."""
+    try:
+        said = json.loads(metadata.get(ALPHA_DTYPES, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in _ALPHA_DTYPES}
+    return {name: known[dtype] for name, dtype in said.items() if dtype in known} if isinstance(said, dict) else {}
 
 
 def refuse_other_kinds(names: Mapping[str, Any], *, where: str) -> None:
@@ -130,6 +148,9 @@ def _layer_name(stem: str, known: Layers) -> str | None:
         return known.by_kohya.get(stem)
     if stem.startswith("diffusion_model."):
         return known.by_dotted.get(stem.removeprefix("diffusion_model."))
+    # ComfyUI's own names of the text encoders.
+    stem = re.sub(r"^text_encoders\.clip_l\.transformer\.", "text_encoder.", stem)
+    stem = re.sub(r"^text_encoders\.clip_g\.transformer\.", "text_encoder_2.", stem)
     stem = re.sub(r"^base_model\.model\.", "unet.", stem)
     # diffusers before PEFT: attention processors, whose layers carry the matrices in their own names.
     stem = re.sub(r"\.processor\.(to_[qkv]|to_out)$", r".\1", stem)
@@ -138,7 +159,8 @@ def _layer_name(stem: str, known: Layers) -> str | None:
     stem = re.sub(r"^(text_encoder(?:_2)?)\.encoder\.", r"\1.text_model.encoder.", stem)
     stem = re.sub(r"(self_attn)\.to_([qkv])$", r"\1.\2_proj", stem)
     stem = re.sub(r"(self_attn)\.to_out\.0$", r"\1.out_proj", stem)
-    return stem if stem in known.shapes else None
+    # What diffusers' UNet itself saved before PEFT has no "unet." in front.
+    return next((name for name in (stem, f"unet.{stem}") if name in known.shapes), None)
 
 
 def _refuse(unknown: list[str], halves: list[str], where: str) -> None:
@@ -152,12 +174,23 @@ def _refuse(unknown: list[str], halves: list[str], where: str) -> None:
     )
 
 
+def _refuse_twice(name: str, key: str, where: str) -> None:
+    raise IntegrityError(
+        "A LoRA has a layer twice, under two names",
+        where=where,
+        why=f"{key} is {name}, which is there already",
+        hint="programs differ in which of the two they take; get the file again, or remove one of them",
+    )
+
+
 def _layer(name: str, found: Mapping[Part, Tensor], stored_alpha: float | None, where: str) -> LoraLayer:
     down, up = found["down"], found["up"]
     alpha = found.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise IntegrityError("A LoRA's alpha is no single number", where=where, why=f"{name}: {tuple(alpha.shape)}")
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != down.shape[0]:
+    if alpha is not None and (alpha.numel() != 1 or not math.isfinite(float(alpha))):
+        said = float(alpha) if alpha.numel() == 1 else f"shape {tuple(alpha.shape)}"
+        raise IntegrityError("A LoRA's alpha is no single finite number", where=where, why=f"{name}: {said}")
+    kernel = set(up.shape[2:]) - {1}
+    if {down.ndim, up.ndim} - {2, 4} or up.shape[1] != down.shape[0] or not down.numel() or not up.numel() or kernel:
         raise IntegrityError(
             "A LoRA's two matrices do not belong together", where=where,
             why=f"{name}: {tuple(up.shape)} @ {tuple(down.shape)}",
@@ -165,33 +198,65 @@ def _layer(name: str, found: Mapping[Part, Tensor], stored_alpha: float | None, 
     return LoraLayer(down, up, float(alpha) if alpha is not None else stored_alpha)
 
 
-def _stored_alphas(metadata: Mapping[str, str], known: Layers, where: str) -> dict[str, float]:
-    """Alphas that diffusers keeps in the header, by layer: ``r`` and ``lora_alpha`` with patterns, per component."""
+def _stored_alphas(
+    metadata: Mapping[str, str], parts: Mapping[str, Mapping[Part, Tensor]], where: str
+) -> dict[str, float]:
+    """Alphas that diffusers keeps in the header, by layer: ``lora_alpha`` and ``alpha_pattern``, per component."""
     if DIFFUSERS_METADATA not in metadata:
         return {}
     try:
-        config: dict[str, Any] = dict(json.loads(metadata[DIFFUSERS_METADATA]).items())
+        config = json.loads(metadata[DIFFUSERS_METADATA])
+        if not isinstance(config, dict):
+            raise TypeError(f"it is no object but {str(config)[:40]}")
         found: dict[str, float] = {}
-        for component in ("unet", "text_encoder", "text_encoder_2"):
-            if f"{component}.lora_alpha" in config:
-                alpha, pattern = config[f"{component}.lora_alpha"], config.get(f"{component}.alpha_pattern") or {}
-                for name in known.shapes:
-                    if name.startswith(f"{component}."):
-                        module = name.removeprefix(f"{component}.")
-                        found[name] = float(_by_pattern(pattern, module, alpha))
+        for component in COMPONENTS:
+            own = {name: one for name, one in parts.items() if name.startswith(f"{component}.")}
+            if f"{component}.lora_alpha" not in config or not own:
+                continue
+            patterns = Patterns(config.get(f"{component}.alpha_pattern") or {})
+            for name, one in own.items():
+                # Text encoders are named with or without "text_model." around them, by transformers' version.
+                module = name.partition(".")[2]
+                modules = {module, module.removeprefix("text_model.")}
+                alpha = patterns.get(modules, config[f"{component}.lora_alpha"])
+                # Rank-stabilised LoRA divides by the root of the rank (arXiv 2312.03732).
+                rank = one["down"].shape[0] if config.get(f"{component}.use_rslora") else 1
+                found[name] = _finite(alpha) * math.sqrt(rank)
         return found
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"The header's {DIFFUSERS_METADATA} cannot be read", where=where, why=str(error), hint="get the file again"
         ) from error
 
 
-def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends with, as PEFT looks them up."""
-    if module in pattern:
-        return pattern[module]
-    inner = module.removeprefix("text_model.")
-    return pattern.get(inner, default)
+def _finite(alpha: Any) -> float:
+    if not math.isfinite(value := float(alpha)):
+        raise ValueError(f"lora_alpha is {value}")
+    return value
+
+
+class Patterns:
+    """Values by ends of module names, the first that fits, as PEFT looks them up (``get_pattern_key``).
+
+    PEFT takes them for regular expressions; what a file says is not run as one here, and names hold no other signs.
+    """
+
+    def __init__(self, said: Mapping[str, Any]) -> None:
+        if strange := [name for name in said if not re.fullmatch(r"\^?[\w.]+", name)]:
+            raise ValueError(f"a pattern is no module's name: {strange[0][:80]}")
+        self._values = list(said.values())
+        self._order = {name: at for at, name in reversed(list(enumerate(said)))}
+
+    def get(self, modules: Iterable[str], default: Any) -> Any:
+        """The value for a module that goes by these names."""
+        found = [at for name in modules for end in _ends(name) if (at := self._order.get(end)) is not None]
+        return self._values[min(found)] if found else default
+
+
+def _ends(module: str) -> Iterator[str]:
+    yield f"^{module}"
+    words = module.split(".")
+    yield from (".".join(words[at:]) for at in range(len(words)))
 
 
 def _odd_alpha_dtypes(parts: Mapping[str, Mapping[Part, Tensor]]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from torch import Tensor
 from craft_fast.errors import IntegrityError
 from craft_fast.lora.adapter import COMPONENTS, Adapter, LoraLayer
 from craft_fast.lora.keys import layers
-from craft_fast.lora.reading import ALPHA_DTYPES, DIFFUSERS_METADATA
+from craft_fast.lora.reading import DIFFUSERS_METADATA, alpha_dtypes
 from craft_fast.store import atomic
 
 Format = Literal["kohya", "diffusers"]
-OUR_METADATA = (DIFFUSERS_METADATA, "sshs_model_hash", "modelspec.hash_sha256", "modelspec.implementation")
+OUR_METADATA = (
+    DIFFUSERS_METADATA, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "modelspec.implementation",
+)  # fmt: skip
 """Header entries that follow from tensors and format, so that they are made anew at every writing."""
 
 
@@ -32,16 +35,15 @@ def kohya_tensors(adapter: Adapter, unet_config: Mapping[str, Any] | None = None
         IntegrityError: a layer that is no SDXL's.
     """
     names = layers(unet_config).kohya
-    dtypes: dict[str, str] = json.loads(adapter.metadata.get(ALPHA_DTYPES, "{}"))
+    dtypes = alpha_dtypes(adapter.metadata)
     tensors = {}
     for name, layer in sorted(adapter.layers.items()):
         if name not in names:
             raise IntegrityError("A LoRA has a layer that this model has not", where=name)
         key = names[name]
-        dtype = getattr(torch, dtypes.get(name, ""), layer.down.dtype)
         tensors[f"{key}.lora_down.weight"] = _plain(layer.down)
         tensors[f"{key}.lora_up.weight"] = _plain(layer.up)
-        tensors[f"{key}.alpha"] = _alpha(layer, dtype)
+        tensors[f"{key}.alpha"] = _alpha(layer, dtypes.get(name, layer.down.dtype))
     return tensors
 
 
@@ -59,7 +61,10 @@ def diffusers_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, {DIFFUSERS_METADATA: json.dumps(config, sort_keys=True)}
 
 
-def _peft_config(own: Mapping[str, LoraLayer]) -> dict[str, Any]:
+def _peft_config(named: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    # PEFT compares ends of names: without "text_model." they fit CLIPTextModel with that wrapper (transformers < 5.6)
+    # and without it, which diffusers takes off the tensors' names alone.
+    own = {name.removeprefix("text_model."): layer for name, layer in named.items()}
     ranks = {name: layer.rank for name, layer in own.items()}
     alphas = {name: float(layer.rank if layer.alpha is None else layer.alpha) for name, layer in own.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -106,7 +111,8 @@ def write_adapter(
     refuse_non_finite(tensors)
     given = {**adapter.metadata, **(metadata or {})}
     header = {key: value for key, value in given.items() if key not in OUR_METADATA}
-    header |= {"format": "pt", **own, **hashes(tensors), "modelspec.implementation": implementation(format)}
+    header |= {"format": "pt", **own, "modelspec.implementation": implementation(format)}
+    header |= hashes(tensors, header)
     written = atomic.write_safetensors(path, tensors, header)
     try:
         require_loads(path, format=format, unet_config=unet_config, expected=adapter)
@@ -116,13 +122,20 @@ def write_adapter(
     return written
 
 
-def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The digest that user interfaces show and compare: sha256 of the file after its header, so metadata may change.
+def hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The digests that user interfaces show and compare; entries that are not kohya's (``ss_``) may change later.
 
-    kohya-ss/sd-scripts library/train_util.py (``sshs_model_hash``), ModelSpec (``hash_sha256``).
+    kohya-ss/sd-scripts library/train_util.py (``precalculate_safetensors_hashes``: what follows the header, and, for
+    the oldest readers, 64 KiB from 1 MiB on of a file with kohya's entries alone), ModelSpec (``hash_sha256``).
     """
     digest = atomic.tensors_sha256(tensors)
-    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    legacy = atomic.safetensors_part(tensors, trained, start=1 << 20, size=1 << 16)
+    return {
+        "sshs_model_hash": digest,
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
 
 
 def implementation(format: Format) -> str:

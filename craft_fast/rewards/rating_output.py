@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from craft_fast.errors import EnvironmentProblem, UsageError
+from craft_fast.errors import EnvironmentProblem, UsageError, closest
 from craft_fast.prompt_lines import excerpt
 from craft_fast.store import atomic
 
@@ -50,7 +50,7 @@ def choose_format(output: str | None, wanted: str | None) -> str:
         where = f"--format {wanted}" if wanted else f"--output {output}"
         raise UsageError(
             "Scores are not written in this format", where=where, why=f"it is one of {', '.join(FORMATS)}",
-            hint="--output scores.csv, or --format csv",
+            hint=f"{closest(chosen, FORMATS)}--output scores.csv, or --format csv",
         )  # fmt: skip
     return chosen
 

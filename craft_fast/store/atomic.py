@@ -157,6 +157,15 @@ def write_safetensors(
     return write_chunks(path, _safetensors_chunks(tensors, metadata or {}))
 
 
+def safetensors_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Written:
+    """sha256 and size of the file that ``write_safetensors`` would write; nothing is written."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in _safetensors_chunks(tensors, metadata or {}):
+        digest.update(chunk)
+        size += memoryview(chunk).nbytes
+    return Written(digest.hexdigest(), size)
+
+
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """sha256, hex, of what ``write_safetensors`` writes after the header; it does not depend on the metadata."""
     chunks = _safetensors_chunks(tensors, {})
@@ -165,6 +174,20 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def safetensors_part(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], *, start: int, size: int
+) -> bytes:
+    """Bytes ``start`` to ``start + size`` of what ``write_safetensors`` would write; fewer at its end."""
+    found, offset = bytearray(), 0
+    for chunk in _safetensors_chunks(tensors, metadata):
+        view = memoryview(chunk).cast("B")
+        found += view[max(start - offset, 0) : max(start + size - offset, 0)]
+        offset += len(view)
+        if offset >= start + size:
+            break
+    return bytes(found)
 
 
 def _safetensors_chunks(

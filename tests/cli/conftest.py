@@ -70,3 +70,11 @@ def craft_start(craft_env: dict[str, str]) -> Callable[..., subprocess.Popen[str
 
 def command(args: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "craft_cli", *args]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``runs/one`` and ``runs/two``, finished, which their seeds set apart; tests must not change it."""
+    from tests.cli.small_pair import build  # torch, which most tests here do without
+
+    return build(tmp_path_factory.mktemp("pair"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -18,10 +17,21 @@ def invoke(*args: str) -> Result:
     return CliRunner().invoke(app, ["bench", "sdxl", *args], prog_name="craft-fast")
 
 
+@pytest.fixture
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each case is timed once."""
+    from craft_bench.sdxl import measure
+
+    monkeypatch.setattr(measure, "QUICK", dataclasses.replace(measure.QUICK, fewest=1, most=1, seconds=0.0))
+
+
 @pytest.mark.slow
-def test_a_quick_run_on_a_cpu_gives_rows_and_tables(craft: Callable[..., Any], tmp_path: Path) -> None:
-    done = craft("bench", "sdxl", "steps", "--quick", "--device", "cpu", "--out", "rows", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_quick_run_on_a_cpu_gives_rows_and_tables(
+    once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("steps", "--quick", "--device", "cpu", "--out", "rows")
+    assert done.exit_code == 0, done.output
     assert "Traceback" not in done.stderr
     (path,) = (tmp_path / "rows").glob("sdxl-cpu-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -57,12 +67,17 @@ def test_what_cannot_be_is_refused_with_what_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_losses_that_differ_are_exit_code_7(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_differ_are_exit_code_7(once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from craft_bench.sdxl import run as running
     from craft_bench.sdxl import stepping
 
+    cases = running.step_cases
+    monkeypatch.setattr(running, "step_cases", lambda *args, **options: cases(*args, **options)[:2])
     monkeypatch.setattr(stepping, "TOLERANCE", dict.fromkeys(stepping.TOLERANCE, -1.0))
     done = invoke("steps", "--quick", "--device", "cpu", "--out", str(tmp_path))
     assert done.exit_code == ExitCode.QUALITY
     assert "no speed-up of it is shown" in done.output
     rows = [json.loads(line) for path in tmp_path.glob("*.jsonl") for line in path.read_text().splitlines()]
-    assert all(row["versus"] is None for row in rows if row["method"] == "lora")
+    assert [(row["impl"], row["method"], row["versus"]) for row in rows if row["name"] == "step"] == [
+        ("reference", "lora", None), ("ours", "lora", None),
+    ]  # fmt: skip

@@ -15,7 +15,21 @@ from craft_fast.errors import ExitCode
 from craft_fast.pipeline import STAGES
 from craft_fast.settings_io import load_settings, preset_names
 
-COMMANDS = ["run", "init", "plan", "doctor", "status", "verify", *STAGES, "dataset", "compare", "bench", "rewards", "lora"]
+COMMANDS = [
+    "run",
+    "init",
+    "plan",
+    "doctor",
+    "status",
+    "verify",
+    *STAGES,
+    "dataset",
+    "compare",
+    "try",
+    "bench",
+    "rewards",
+    "lora",
+]
 
 
 def _help(*args: str) -> str:

@@ -145,12 +145,12 @@ def test_stages_one_by_one_make_the_same_lora(here: Path, finished: object) -> N
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(
-    world: Path, finished: object, craft: Callable[..., Any], craft_start: Callable[..., subprocess.Popen[str]]
+    here: Path, finished: object, craft_start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     command = ("run", "--config", "small.yaml", "--name", "stopped")
-    process = craft_start(*command, cwd=world)
+    process = craft_start(*command, cwd=here)
     deadline = time.monotonic() + 100
-    while not list((world / "runs/stopped").glob("checkpoints/*/COMPLETE.json")):
+    while not list((here / "runs/stopped").glob("checkpoints/*/COMPLETE.json")):
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -165,11 +165,11 @@ def test_ctrl_c_saves_and_the_same_command_continues(
     assert "craft-fast run --name stopped" in told
     lines = [line for line in err[: err.index("Error:")].splitlines() if not line.startswith("SIGINT")]
     assert all(EXPECTED_LINE.fullmatch(line) for line in lines), err
-    assert not (world / "runs/stopped" / LORA).exists()
+    assert not (here / "runs/stopped" / LORA).exists()
 
-    again = craft(*command, "--quiet", cwd=world)
-    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
-    assert _sha256(world / "runs/stopped" / LORA) == _sha256(world / "runs/small" / LORA)
+    again = _craft(*command, "--quiet")
+    assert (again.exit_code, again.stdout, again.stderr) == (0, "", "")
+    assert _sha256(here / "runs/stopped" / LORA) == _sha256(here / "runs/small" / LORA)
 
 
 def test_status_shows_stages_costs_and_the_next_command(runs: Path) -> None:

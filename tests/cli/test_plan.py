@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from craft_cli.commands.plan import command_line, plan_lines
+from craft_cli.main import app
 from craft_cli.request import Request
 from craft_fast.budget import GIB, Machine, ModelShape, with_changes
 from craft_fast.pipeline import STAGES
@@ -21,6 +23,17 @@ from tests.cli.conftest import Craft
 SDXL = ModelShape(published.UNET, published.VAE, published.TEXT_ENCODER, published.TEXT_ENCODER_2)
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, the working one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *args], prog_name="craft-fast")
+
+
 def test_the_table_names_every_stage_and_nothing_is_written(craft: Craft, tmp_path: Path) -> None:
     done = craft("plan", "--no-probe", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -30,9 +43,9 @@ def test_the_table_names_every_stage_and_nothing_is_written(craft: Craft, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_is_one_object_with_the_probe(craft: Craft, tmp_path: Path) -> None:
-    done = craft("plan", "--json", "--set", "generate.batch_size=4", "--set", "train.micro_batch_size=4", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_json_is_one_object_with_the_probe(here: Path) -> None:
+    done = invoke("--json", "--set", "generate.batch_size=4", "--set", "train.micro_batch_size=4")
+    assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     [result] = [line for line in lines if line["event"] == "result"]
     assert result["fits"] is True
@@ -41,41 +54,41 @@ def test_json_is_one_object_with_the_probe(craft: Craft, tmp_path: Path) -> None
     assert train["state"] == "new"
     assert train["seconds"] > 0
     assert result["seconds"] >= train["seconds"]
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
-def test_what_does_not_fit_is_exit_code_5_with_the_command_that_would(craft: Craft, tmp_path: Path) -> None:
-    done = craft(
-        "plan", "--no-probe", "--vram", "0.75", "--set", "train.gradient_checkpointing=none",
-        "--set", "train.micro_batch_size=64", cwd=tmp_path,
+def test_what_does_not_fit_is_exit_code_5_with_the_command_that_would(here: Path) -> None:
+    done = invoke(
+        "--no-probe", "--vram", "0.75", "--set", "train.gradient_checkpointing=none",
+        "--set", "train.micro_batch_size=64",
     )  # fmt: skip
-    assert done.returncode == 5, done.stdout
+    assert done.exit_code == 5, done.stdout
     assert "DOES NOT FIT" in done.stdout
     assert "settings that fit, cheapest first" in done.stdout
     command = next(line for line in done.stdout.splitlines() if line.startswith("run it: "))
     words = shlex.split(command.removeprefix("run it: craft-fast run"))
-    again = craft("plan", "--no-probe", *words, cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
+    again = invoke("--no-probe", *words)
+    assert again.exit_code == 0, again.stdout + again.stderr
 
 
-def test_where_nothing_helps_that_is_said(craft: Craft, tmp_path: Path) -> None:
-    done = craft("plan", "--no-probe", "--vram", "0.1", cwd=tmp_path)
-    assert done.returncode == 5
+def test_where_nothing_helps_that_is_said(here: Path) -> None:
+    done = invoke("--no-probe", "--vram", "0.1")
+    assert done.exit_code == 5
     assert "Nothing here makes this run fit" in done.stderr
 
 
-def test_a_wrong_setting_is_still_a_config_error(craft: Craft, tmp_path: Path) -> None:
-    done = craft("plan", "--set", "train.rnak=3", cwd=tmp_path)
-    assert done.returncode == 3
+def test_a_wrong_setting_is_still_a_config_error(here: Path) -> None:
+    done = invoke("--set", "train.rnak=3")
+    assert done.exit_code == 3
 
 
-def test_prompts_are_counted_and_not_kept(craft: Craft, tmp_path: Path) -> None:
-    done = craft("plan", "--no-probe", "--json", "-p", "a red circle", "-p", "a blue square", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_prompts_are_counted_and_not_kept(here: Path) -> None:
+    done = invoke("--no-probe", "--json", "-p", "a red circle", "-p", "a blue square")
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["made"]["groups"] == 2
     assert "-p 'a red circle' -p 'a blue square'" in result["command"]
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
 
 
 def planned(gib: float, tmp_path: Path, **changes: Any) -> Plan:

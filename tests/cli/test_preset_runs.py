@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from craft_cli.main import app
 from craft_fast.settings_io import load_settings
 from craft_fast.store.safe_load import load_safetensors
 
@@ -44,11 +44,13 @@ report: {grid_prompts: 1}
     ],
 )
 def test_a_preset_runs_to_the_end(
-    preset: str, train: str, exported: str, tmp_path: Path, craft: Callable[..., Any]
+    preset: str, train: str, exported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(SMALL.replace("PRESET", preset).replace("TRAIN", train))
-    done = craft("run", "--config", "small.yaml", "--offline", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--config", "small.yaml", "--offline", "--json"]
+    done = CliRunner().invoke(app, ["run", *options], prog_name="craft-fast")
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["event"] == "result"
     assert result["accepted"] > 0

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -26,12 +28,16 @@ def import_everything() -> None:
     import peft  # noqa: F401
     import torch
     import transformers
+    from PIL import Image
+    from torch.utils import tensorboard  # noqa: F401
 
+    import craft_fast
     from craft_cli.main import main  # noqa: F401
-    from craft_fast import candidates, evaluate, export, pipeline, report, train  # noqa: F401
     from craft_fast.qlora.nf4 import import_bitsandbytes
-    from craft_fast.rewards import composite, registry  # noqa: F401
 
+    for module in pkgutil.walk_packages(craft_fast.__path__, "craft_fast."):
+        importlib.import_module(module.name)
+    Image.init()
     for name in ("AutoencoderKL", "UNet2DConditionModel", "StableDiffusionXLPipeline", "DPMSolverMultistepScheduler"):
         getattr(diffusers, name)
     for name in ("CLIPModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection"):

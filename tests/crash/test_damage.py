@@ -57,7 +57,7 @@ DAMAGE = [flip_a_bit, cut, pickled, remove]
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_entry_is_rebuilt(damage: Any, world: Any) -> None:
     name = f"cache-{damage.__name__}"
-    assert world.run(name, "--until", "cache") == 0, world.output(name)
+    world.begin(name, until="cache")
     damage(sorted(world.root(name).glob("cache/*/*.safetensors"))[1])
     assert world.bad_checks(name) != []
     assert world.run(name) == 0, world.output(name)
@@ -67,7 +67,7 @@ def test_a_damaged_cache_entry_is_rebuilt(damage: Any, world: Any) -> None:
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_latents_are_generated_again(damage: Any, world: Any) -> None:
     name = f"latents-{damage.__name__}"
-    assert world.run(name, "--until", "filter") == 0, world.output(name)
+    world.begin(name, until="filter")
     damage(used_latents(world.root(name)))
     assert world.bad_checks(name) != []
     assert world.run(name) == 0, world.output(name)
@@ -76,7 +76,7 @@ def test_damaged_latents_are_generated_again(damage: Any, world: Any) -> None:
 
 def test_nan_in_latents_that_were_recorded_so_is_generated_again(world: Any) -> None:
     name = "latents-nan"
-    assert world.run(name, "--until", "cache") == 0, world.output(name)
+    world.begin(name, until="cache")
     path = used_latents(world.root(name))
     tensors = load_safetensors(path)
     for tensor in tensors.values():
@@ -94,7 +94,7 @@ def test_nan_in_latents_that_were_recorded_so_is_generated_again(world: Any) -> 
 @pytest.mark.parametrize("damage", [flip_a_bit, remove])
 def test_a_damaged_picture_is_made_again_before_it_is_scored(damage: Any, world: Any) -> None:
     name = f"picture-{damage.__name__}"
-    assert world.run(name, "--until", "generate") == 0, world.output(name)
+    world.begin(name, until="generate")
     damage(sorted(world.root(name).glob("candidates/*.png"))[4])
     assert world.run(name) == 0, world.output(name)
     assert world.differences(name) == []
@@ -103,20 +103,23 @@ def test_a_damaged_picture_is_made_again_before_it_is_scored(damage: Any, world:
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, pickled, remove])
 def test_a_damaged_checkpoint_is_passed_over(damage: Any, world: Any) -> None:
     name = f"checkpoint-{damage.__name__}"
-    assert world.run(name, "--until", "train") == 0, world.output(name)
-    damage(world.root(name) / "checkpoints" / "step-000008" / "adapter.safetensors")
+    world.begin(name, until="train")
+    damage(world.root(name) / "checkpoints" / "step-000006" / "adapter.safetensors")
     assert world.run(name) == 0, world.output(name)
     assert world.differences(name) == []
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, pickled, remove])
-def test_a_damaged_lora_is_exported_again(damage: Any, world: Any) -> None:
-    name = f"lora-{damage.__name__}"
-    assert world.run(name, "--until", "export") == 0, world.output(name)
+@pytest.mark.parametrize(
+    ("until", "damage"),
+    [("export", flip_a_bit), ("export", pickled), ("export", remove), ("evaluate", flip_a_bit), ("evaluate", remove)],
+)
+def test_a_damaged_lora_is_exported_again(until: str, damage: Any, world: Any) -> None:
+    """Before its scores are in its header, and after."""
+    name = f"lora-{until}-{damage.__name__}"
+    world.begin(name, until=until)
     path = world.root(name) / "lora" / "craft.safetensors"
-    before = sha256_file(path)
     damage(path)
     assert world.bad_checks(name) != []
     assert world.run(name) == 0, world.output(name)
-    assert sha256_file(path) == before
+    assert sha256_file(path) == sha256_file(world.root("reference") / "lora" / "craft.safetensors")
     assert world.differences(name) == []

@@ -31,8 +31,9 @@ class Killer:
         self.kills = 0
         self.hit: Counter[str] = Counter()
         self.problems: list[str] = []
-        # How late a kill may come: a whole run, start-up of the forked process included, takes this long.
-        self.latest_s = world.reference_s
+        # How late a kill may come. Half of a whole run's time: each start has less left to do than the one before, so
+        # later kills would mostly fall on nothing, and the run would be through before its late stages were hit.
+        self.latest_s = world.reference_s / 2
 
     def kill_until_done(self, name: str, kills: int, *, sabotage: str | None = None) -> None:
         """Start the same command again and again; ``kills`` times it is killed, if it does not get through before."""

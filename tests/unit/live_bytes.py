@@ -17,6 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+def _product_in_place(_: Tensor, left: Tensor, right: Tensor, **options: Any) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+# torch's counter knows addmm, and not the in-place form, of which the fused adapter is made.
+FLOPS = {**flop_registry, torch.ops.aten.addmm_: _product_in_place}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -25,12 +34,13 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: bytes alive now.
         peak: the most so far.
-        flops: of matrix products, convolutions and attention (a multiply-add counts as two).
+        flops: of matrix products, convolutions and attention, as ``torch.utils.flop_counter`` counts them (a
+            multiply-add counts as two).
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,6 +49,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.see(leaf, made_here=False)
         out = func(*args, **(kwargs or {}))
+        if count := FLOPS.get(func.overloadpacket):
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.see(leaf)

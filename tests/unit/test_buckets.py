@@ -52,6 +52,27 @@ def test_a_picture_covers_its_bucket_and_is_not_bent(width: int, height: int) ->
         assert place.kept > 0.90
 
 
+@given(width=SIDES, height=SIDES)
+def test_what_is_kept_is_the_picture_s_middle_in_the_bucket_s_shape(width: int, height: int) -> None:
+    place = fit(width, height, buckets(1024**2, 64, 2.0))
+    left, top, right, bottom = place.box_in(width, height)
+    assert 0 <= left <= right <= width
+    assert 0 <= top <= bottom <= height
+    assert left == pytest.approx(width - right, abs=1e-6)
+    assert top == pytest.approx(height - bottom, abs=1e-6)
+    assert (right - left) / (bottom - top) == pytest.approx(place.width / place.height)
+    # Nothing is cut off that need not be: one side is whole.
+    assert right - left == pytest.approx(width) or bottom - top == pytest.approx(height)
+
+
+@given(width=SIDES, height=SIDES, wider=st.integers(0, 5000))
+def test_a_wider_picture_never_gets_a_narrower_bucket(width: int, height: int, wider: int) -> None:
+    sizes = buckets(1024**2, 64, 2.0)
+    one, other = fit(width, height, sizes), fit(width + wider, height, sizes)
+    assert other.width >= one.width
+    assert other.height <= one.height
+
+
 @given(width=SIDES, height=SIDES, times=st.integers(2, 4))
 def test_size_does_not_matter_shape_does(width: int, height: int, times: int) -> None:
     sizes = buckets(1024**2, 64, 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,24 @@ def test_empty_cache_is_built_on_loading(run: Run, model: SdxlModel, stored: Any
     assert cached.prompt_embeds.shape == (3, 32, 64)
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "nan", "member"])
+# What the file of the first group comes to hold, with a record that agrees with it.
+RECORDED = {
+    "nan": {"1": latents_of(0), "3": latents_of(2) * float("nan")},
+    "member": {"2": latents_of(0)},
+    "channels": {"1": torch.zeros(3, 16, 16), "3": torch.zeros(8, 16, 16)},
+    "dimensions": {"1": torch.zeros(4, 16), "3": torch.zeros(1, 4, 16, 16)},
+    "empty": {"1": torch.zeros(4, 0, 16), "3": torch.zeros(4, 16, 0)},
+}
+
+
+def with_file(run: Run, candidates: list[Candidate], tensors: dict[str, torch.Tensor]) -> list[Candidate]:
+    """The first group's file written anew, and its candidates with a record of that."""
+    path = run.path("candidates", "g0.safetensors")
+    ref = FileRef("candidates/g0.safetensors", *atomic.write_safetensors(path, tensors))
+    return [replace(c, latents=ref) if c.prompt_id == "g0" else c for c in candidates]
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "another size", *RECORDED])
 def test_latents_that_can_not_be_used_are_named(run: Run, model: SdxlModel, stored: Any, damage: str) -> None:
     samples, candidates = stored
     path = run.path("candidates", "g0.safetensors")
@@ -147,15 +165,10 @@ def test_latents_that_can_not_be_used_are_named(run: Run, model: SdxlModel, stor
         path.write_bytes(bytes(data))
     elif damage == "remove":
         path.unlink()
+    elif damage == "another size":  # with the record of what was there
+        atomic.write_safetensors(path, {"1": torch.zeros(4, 8, 16), "3": torch.zeros(4, 8, 16)})
     else:
-        wrong = {"nan": {"1": latents_of(0), "3": latents_of(2) * float("nan")}, "member": {"2": latents_of(0)}}[damage]
-        ref = FileRef("candidates/g0.safetensors", *atomic.write_safetensors(path, wrong))
-        candidates = [
-            Candidate(c.candidate_id, c.prompt_id, c.member, c.base_prompt, c.prompt, 7, ref, c.image)
-            if c.prompt_id == "g0"
-            else c
-            for c in candidates
-        ]
+        candidates = with_file(run, candidates, RECORDED[damage])
     for call in (
         lambda: build_cache(run, model, samples, candidates, key=KEY),
         lambda: load_cache(run, lambda: model, samples, candidates, key=KEY),
@@ -166,6 +179,33 @@ def test_latents_that_can_not_be_used_are_named(run: Run, model: SdxlModel, stor
         assert caught.value.candidate_ids == ["c0", "c2"]
         assert caught.value.exit_code == ExitCode.INTEGRITY
         assert "craft-fast generate" in caught.value.hint
+
+
+def test_latents_of_several_sizes(run: Run, model: SdxlModel, stored: Any) -> None:
+    samples, candidates = stored
+    candidates = with_file(run, candidates, {"1": torch.ones(4, 8, 24), "3": torch.ones(4, 24, 8, dtype=torch.float16)})
+    build_cache(run, model, samples, candidates, key=KEY)
+    latents = load_cache(run, unused, samples, candidates, key=KEY).latents
+    assert isinstance(latents, tuple)
+    assert [tuple(row.shape) for row in latents] == [(4, 8, 24), (4, 16, 16), (4, 24, 8)]
+    assert {row.dtype for row in latents} == {torch.float32}
+    assert torch.equal(latents[1], latents_of(1))
+
+
+@pytest.mark.parametrize("size", [(16, 15), (3, 16)])
+def test_a_size_that_the_unet_does_not_take_is_refused(
+    run: Run, model: SdxlModel, stored: Any, size: tuple[int, int]
+) -> None:
+    samples, candidates = stored
+    candidates = with_file(run, candidates, {"1": latents_of(0), "3": torch.zeros(4, *size)})
+    with pytest.raises(IntegrityError, match="do not fit the UNet") as caught:
+        build_cache(run, model, samples, candidates, key=KEY)
+    assert not isinstance(caught.value, LatentsError)  # made again they would be the same
+    assert caught.value.exit_code == ExitCode.INTEGRITY
+    assert caught.value.where == "candidate c2"
+    assert str([4, *size]) in caught.value.why
+    assert "images.bucket_step_px" in caught.value.hint
+    assert text_files(run) == []
 
 
 def test_sample_without_its_candidate(run: Run, model: SdxlModel, stored: Any) -> None:

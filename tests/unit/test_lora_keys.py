@@ -79,11 +79,19 @@ READERS = [
     ("unet." + Q, "peft", False, False, True),
     ("unet." + Q.replace(".to_q", ".processor.to_q_lora"), "old", True, False, True),
     ("lora_te1_text_model_encoder_layers_3_mlp_fc1", "kohya", True, True, True),
-    ("lora_te2_text_model_encoder_layers_3_self_attn_k_proj", "kohya", True, True, True),
+    ("lora_te2_text_model_encoder_layers_3_self_attn_out_proj", "kohya", True, True, True),
+    ("text_encoder_2.text_model.encoder.layers.3.self_attn.k_proj", "peft", True, False, True),
+    ("text_encoder.text_model.encoder.layers.3.self_attn.k_proj", "peft", True, False, True),
+    ("text_encoders.clip_g.transformer.text_model.encoder.layers.3.self_attn.q_proj", "peft", True, False, False),
+    # diffusers tells the naming of a text encoder's layers by out_proj or mlp among them.
+    ("lora_te2_text_model_encoder_layers_3_self_attn_k_proj", "kohya", True, True, False),
+    ("text_encoder.text_model.encoder.layers.3.mlp.fc1", "peft", True, False, False),
     # A1111 counts the blocks of Stable Diffusion 1, where the first of them has no attention before its upsampler.
     ("lora_unet_up_blocks_0_upsamplers_0_conv", "kohya", True, False, True),
     ("lora_unet_output_blocks_2_2_conv", "kohya", True, True, True),
-    ("lora_te2_text_projection", "kohya", False, True, True),
+    ("lora_unet_add_embedding_linear_1", "kohya", True, False, False),
+    ("lora_unet_label_emb_0_0", "kohya", True, True, True),
+    ("lora_te2_text_projection", "kohya", True, False, False),
 ]
 ENDINGS = {
     "kohya": (".lora_down.weight", ".lora_up.weight"),
@@ -191,7 +199,10 @@ def some_adapter(draw: random.Random, config: Any) -> Adapter:
     dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
     names = [name for name in known.shapes if name.startswith("unet.") or "layers.1." in name]
     found = {}
-    for name in draw.sample(names, 12):
+    drawn = draw.sample(names, 12)
+    # Without attention diffusers does not see what a text encoder's layers are.
+    tes = {name.partition(".")[0] for name in drawn if name.startswith("text_encoder")}
+    for name in [*drawn, *(f"{te}.text_model.encoder.layers.1.self_attn.out_proj" for te in sorted(tes))]:
         out, inner, *kernel = known.shapes[name]
         rank, alpha = draw.choice([1, 2, 5]), draw.choice([1.0, 4.0, 0.3, 13.3, 1e-3, -2.0])
         seed = torch.Generator().manual_seed(draw.getrandbits(32))

@@ -17,6 +17,8 @@ from craft_fast.config import Settings
 from craft_fast.errors import ExitCode, Interrupted, QualityGateError, UsageError
 from craft_fast.pipeline import STAGES, RunSummary, run_pipeline, status
 from craft_fast.progress import Silent
+from craft_fast.sdxl.identify import read_header
+from craft_fast.store import atomic
 from craft_fast.store.digest import sha256_file
 from craft_fast.store.run import open_run
 from craft_fast.tiny.random_rewards import build_random_rewards
@@ -336,3 +338,58 @@ def test_a_run_that_moved_goes_on(finished: Path, settings: Settings, tmp_path: 
     root.rename(moved)
     run_pipeline(moved, settings)
     assert lora(moved) == lora(finished)
+
+
+def said_of(root: Path, name: str = "craft") -> dict[str, str]:
+    return dict(read_header(root / "lora" / f"{name}.safetensors").metadata)
+
+
+def test_the_lora_says_how_it_was_made_and_what_it_scores(finished: Path, settings: Settings) -> None:
+    said = said_of(finished)
+    assert set(json.loads(said["craft.rewards"])) == set(settings.rewards)
+    assert json.loads(said["craft.filter"])["rewards"] == ["h"]
+    assert int(said["craft.accepted"]) == len(accepted(finished, settings))
+    assert int(said["craft.candidates"]) == used_images(finished)[0]
+    assert all(len(said[f"craft.{name}"]) == 64 for name in ("model", "config", "train_key", "weights_digest"))
+    for row in json.loads((finished / "report.json").read_text())["evaluation"]:
+        scores = json.loads(said["craft.scores"])[row["metric"]]
+        assert scores == {name: row[name] for name in scores}
+        assert {"base_mean", "tuned_mean", "win_rate", "held_out"} <= scores.keys()
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the file", "before its record"])
+def test_a_kill_while_the_scores_go_into_the_lora_is_mended(
+    written: bool, copy: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = changed(settings, evaluate={"bootstrap_samples": 150}, export={"format": "both"})
+    quiet, names = Path(shutil.copytree(copy, tmp_path / "undisturbed")), ("craft", "craft-diffusers")
+    run_pipeline(quiet, other)
+    write, said = atomic.write_safetensors, Said()
+
+    def killed(path: Path, tensors: Any, metadata: Any = None) -> Any:
+        scored = "craft.scores" in (metadata or {})
+        done = write(path, tensors, metadata) if written or not scored else None
+        if scored:
+            raise Killed
+        return done
+
+    monkeypatch.setattr(atomic, "write_safetensors", killed)
+    with pytest.raises(Killed):
+        run_pipeline(copy, other)
+    monkeypatch.undo()
+    assert [check for check in verify_run(copy) if not check.ok] == []
+    run_pipeline(copy, other, progress=said)
+    assert said.worked == {"evaluate", "report"}
+    assert all("craft.scores" in said_of(copy, name) for name in names)
+    # Both files are looked at, and what is made anew is the same, scores and all.
+    (copy / "lora/craft-diffusers.safetensors").unlink()
+    assert {check.what for check in verify_run(copy) if not check.ok} == {"LoRA", "lora/craft-diffusers.safetensors"}
+    run_pipeline(copy, other)
+    assert all(
+        (copy / f"lora/{n}.safetensors").read_bytes() == (quiet / f"lora/{n}.safetensors").read_bytes() for n in names
+    )
+    assert [check for check in verify_run(copy) if not check.ok] == []

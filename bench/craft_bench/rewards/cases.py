@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from craft_fast.config import OFFICIAL_REWARDS
-from craft_fast.errors import UsageError
+from craft_fast.errors import UsageError, closest
 
 OURS, PLAIN, PACKAGE = "ours", "transformers", "package"
 Mode = Literal["score", "network"]
@@ -64,7 +64,7 @@ def choose_rewards(names: Sequence[str]) -> list[str]:
             f"There is no published reward {unknown[0]}",
             where="NAME",
             why=f"it is one of {', '.join(OFFICIAL_REWARDS)}",
-            hint=f"craft-fast bench rewards {' '.join(TRAINING)}",
+            hint=f"{closest(unknown[0], OFFICIAL_REWARDS)}craft-fast bench rewards {' '.join(TRAINING)}",
         )
     return [name for name in OFFICIAL_REWARDS if name in names] if names else list(REWARDS)
 

@@ -11,7 +11,7 @@ from craft_cli import options as opt
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table
-from craft_fast.errors import Interrupted, QualityGateError, UsageError
+from craft_fast.errors import Interrupted, QualityGateError, UsageError, closest
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
@@ -51,9 +51,17 @@ Ops = Annotated[
     typer.Argument(metavar="OP", autocompletion=_complete_ops, help="Ops to run; all unless named."),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few sizes and short timing.")]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", autocompletion=opt.complete_from(*DEVICES), help="auto, cpu or cuda.")
+]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="Only this dtype: float32, bfloat16 or float16.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        autocompletion=opt.complete_from("float32", "bfloat16", "float16"),
+        help="Only this dtype: float32, bfloat16 or float16.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for rows and plots.")]
 NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw nothing.")]
@@ -107,7 +115,12 @@ def check(option: str, value: str, allowed: tuple[str, ...]) -> None:
         UsageError: names the allowed ones.
     """
     if value not in allowed:
-        raise UsageError(f"{option} {value} is unknown", where=option, why=f"it is one of {', '.join(allowed)}")
+        raise UsageError(
+            f"{option} {value} is unknown",
+            where=option,
+            why=f"it is one of {', '.join(allowed)}",
+            hint=closest(value, allowed).strip(),
+        )
 
 
 def _refuse_what_is_red(report: Report) -> None:

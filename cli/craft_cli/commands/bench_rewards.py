@@ -46,14 +46,26 @@ Names = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few cases and short timing.")]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="Only this dtype: float32, bfloat16 or float16.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        autocompletion=opt.complete_from("float32", "bfloat16", "float16"),
+        help="Only this dtype: float32, bfloat16 or float16.",
+    ),
 ]
 Batch = Annotated[str, typer.Option("--batch", metavar="N,N", help="Pictures in a call, in the order of measuring.")]
 Package = Annotated[
     bool, typer.Option("--package", help="Hold ours against the authors' packages (craft-fast rewards install).")
 ]
 SizeOption = Annotated[
-    str, typer.Option("--size", metavar="NAME", help="full, tiny, or auto: full on a GPU, tiny on a CPU.")
+    str,
+    typer.Option(
+        "--size",
+        metavar="NAME",
+        autocompletion=opt.complete_from(*SIZES),
+        help="full, tiny, or auto: full on a GPU, tiny on a CPU.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for rows.")]
 

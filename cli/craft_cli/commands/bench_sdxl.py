@@ -50,7 +50,13 @@ Groups = Annotated[
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few cases and short timing.")]
 SizeOption = Annotated[
-    str, typer.Option("--size", metavar="NAME", help="full, tiny, or auto: full on a GPU, tiny on a CPU.")
+    str,
+    typer.Option(
+        "--size",
+        metavar="NAME",
+        autocompletion=opt.complete_from(*SIZES),
+        help="full, tiny, or auto: full on a GPU, tiny on a CPU.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for rows.")]
 

@@ -44,7 +44,7 @@ Vae = Annotated[
 Prediction = Annotated[
     str | None,
     typer.Option(
-        "--prediction", metavar="NAME", show_default=False,
+        "--prediction", metavar="NAME", autocompletion=opt.complete_from("epsilon", "v_prediction"), show_default=False,
         help="epsilon or v_prediction: where a single file becomes a folder and does not say so itself.",
     ),
 ]  # fmt: skip

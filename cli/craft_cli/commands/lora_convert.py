@@ -21,7 +21,16 @@ HELP = opt.help_text(
         "craft-fast lora convert sea --to diffusers -o sea-diffusers.safetensors --dtype float16",
     ),
 )
-To = Annotated[str, typer.Option("--to", metavar="NAME", help="kohya or diffusers.", show_default=False)]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="NAME",
+        autocompletion=opt.complete_from(*files.FORMATS),
+        help="kohya or diffusers.",
+        show_default=False,
+    ),
+]
 
 
 def convert(

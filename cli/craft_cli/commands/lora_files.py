@@ -28,14 +28,14 @@ _WEIGHTED = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.D
 File = Annotated[
     str,
     typer.Argument(
-        metavar="FILE", autocompletion=opt._complete_runs, show_default=False,
+        metavar="FILE", autocompletion=opt.complete_runs, show_default=False,
         help="A LoRA's .safetensors file, or the name of a run.",
     ),
 ]  # fmt: skip
 WeightedFiles = Annotated[
     list[str],
     typer.Argument(
-        metavar="FILE[:WEIGHT]...", autocompletion=opt._complete_runs, show_default=False,
+        metavar="FILE[:WEIGHT]...", autocompletion=opt.complete_runs, show_default=False,
         help="LoRAs with their weights, 1 where none is given: a.safetensors:0.7, or the name of a run.",
     ),
 ]  # fmt: skip
@@ -53,7 +53,12 @@ Output = Annotated[
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace what is there.")]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="NAME", help=f"Of the weights: {', '.join(DTYPES)}. Default: as they are."),
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        autocompletion=opt.complete_from(*DTYPES),
+        help=f"Of the weights: {', '.join(DTYPES)}. Default: as they are.",
+    ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Ask no network.")]
 ModelConfig = Annotated[

@@ -25,7 +25,12 @@ HELP = opt.help_text(
 )
 Out = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The file to write.", show_default=False)]
 Rank = Annotated[int | None, typer.Option("--rank", "-r", metavar="N", min=1, help="Cut the sum to this rank.")]
-To = Annotated[str, typer.Option("--to", metavar="NAME", help="Key names: kohya or diffusers.")]
+To = Annotated[
+    str,
+    typer.Option(
+        "--to", metavar="NAME", autocompletion=opt.complete_from(*files.FORMATS), help="Key names: kohya or diffusers."
+    ),
+]
 
 
 def merge(

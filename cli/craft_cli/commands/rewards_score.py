@@ -82,7 +82,7 @@ Rewards = Annotated[
 Name = Annotated[
     str | None,
     typer.Option(
-        "--name", "-n", metavar="NAME", autocompletion=opt._complete_runs, help="Rewards and settings of this run."
+        "--name", "-n", metavar="NAME", autocompletion=opt.complete_runs, help="Rewards and settings of this run."
     ),
 ]
 Config = Annotated[
@@ -91,18 +91,31 @@ Config = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        "--preset", metavar="NAME", autocompletion=opt._complete_presets,
+        "--preset", metavar="NAME", autocompletion=opt.complete_presets,
         help=f"Rewards and settings of a preset: {', '.join(opt.preset_names())}.",
     ),
 ]  # fmt: skip
 Backend = Annotated[
     str | None,
     typer.Option(
-        "--backend", metavar="NAME", help="native, or package: the authors' own (craft-fast rewards install)."
+        "--backend",
+        metavar="NAME",
+        autocompletion=opt.complete_from("native", "package"),
+        help="native, or package: the authors' own (craft-fast rewards install).",
     ),
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help=f"One of {', '.join(DTYPES)}.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", autocompletion=opt.complete_from(*opt.DEVICES), help="auto, cpu, cuda or cuda:N."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="NAME", autocompletion=opt.complete_from(*DTYPES), help=f"One of {', '.join(DTYPES)}."
+    ),
+]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", metavar="N", min=1, help="Pictures scored together at most.")
 ]
@@ -115,6 +128,7 @@ Format = Annotated[
     typer.Option(
         "--format",
         metavar="NAME",
+        autocompletion=opt.complete_from("csv", "jsonl", "json"),
         help="csv, jsonl or json. Default: by the file's suffix; without --output, to stdout.",
     ),
 ]

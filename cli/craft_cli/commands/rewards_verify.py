@@ -55,9 +55,18 @@ Tolerance = Annotated[
     float,
     typer.Option("--tolerance", metavar="X", min=0, help="Largest difference that is right, of scores up to 1."),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu or cuda.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", metavar="NAME", autocompletion=opt.complete_from(*opt.DEVICES), help="auto, cpu or cuda."),
+]
 Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="NAME", help="Half precisions to measure: all, none, float16 or bfloat16.")
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        autocompletion=opt.complete_from(*DTYPES),
+        help="Half precisions to measure: all, none, float16 or bfloat16.",
+    ),
 ]
 Folder = Annotated[
     Path | None, typer.Option("--path", metavar="FOLDER", help="Where the one named reward's files are.")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from craft_fast.errors import UsageError
+from craft_fast.errors import UsageError, closest
 from craft_fast.store.digest import digest_json
 
 # torch 2.N takes torchvision 0.(N+15), patch release by patch release: 2.10.0 and 0.25.0, 2.14.1 and 0.29.1.
@@ -64,7 +64,11 @@ def get(name: str) -> Package:
         UsageError: there is none; the known ones are told.
     """
     if name not in PACKAGES:
-        raise UsageError(f"There is no package {name!r}", why=f"known are {', '.join(PACKAGES)}")
+        raise UsageError(
+            f"There is no package {name!r}",
+            why=f"known are {', '.join(PACKAGES)}",
+            hint=closest(name, PACKAGES).strip(),
+        )
     return PACKAGES[name]
 
 
