@@ -23,11 +23,11 @@ unexport PYTHONPATH PYTHONHOME
 usable = $(1) -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 python,$(shell $(call usable,$(p)) && echo $(p))))
 
-.PHONY: help setup demo test test-parity lint check gpu bench bench-kernels clean
+.PHONY: help setup demo reference test test-parity lint check gpu bench bench-kernels clean
 
 help:
 	@sed -n 's/^# //p' Makefile | head -3
-	@echo "make lint   ruff; make check: lint, mypy, import rules; make gpu: tests on a CUDA device; make test-parity: rewards against their authors' packages; make bench, bench-kernels; make clean"
+	@echo "make lint   ruff; make check: lint, mypy, import rules; make gpu: tests on a CUDA device; make test-parity: rewards against their authors' packages; make bench, bench-kernels; make reference: pages of commands and settings; make clean"
 
 setup: $(STAMP)
 	@:
@@ -68,6 +68,9 @@ test: check
 # CRAFT_PARITY_TORCH=VERSION chooses their torch; CRAFT_PARITY_ENVS=DIR keeps them for the next time.
 test-parity: setup
 	@$(BIN)/python -m pytest -q -m parity tests/parity tests/unit/test_rewards_full_size.py
+
+reference: setup
+	@$(BIN)/python -m craft_cli.reference docs/reference
 
 gpu: setup
 	@$(BIN)/python -m pytest -q -m gpu
