@@ -14,6 +14,7 @@ import typer
 
 from craft_cli import options as opt
 from craft_cli.commands.bench import check
+from craft_cli.request import CONFIG_NAME
 from craft_fast.errors import EnvironmentProblem, IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -138,6 +139,12 @@ def _of_run(run: Path) -> Path:
         raise EnvironmentProblem(
             "The run has no LoRA yet", where=str(run / "lora"), hint=f"craft-fast run --name {run.name}"
         )
+    if len(plain) > 1 and (run / CONFIG_NAME).is_file():
+        from craft_fast.settings_io import load_settings
+
+        # What was made of it since (resized, converted) lies beside it.
+        exported = run / "lora" / f"{load_settings(config=run / CONFIG_NAME).export.name}.safetensors"
+        plain = [exported] if exported in plain else plain
     if len(plain) > 1:
         names = ", ".join(file.name for file in plain)
         raise UsageError("The run has several LoRAs", where=str(run / "lora"), why=names, hint="give one file's path")

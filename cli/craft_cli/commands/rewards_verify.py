@@ -27,7 +27,7 @@ HELP = opt.help_text(
     examples=(
         "craft-fast rewards verify",
         "craft-fast rewards verify hpsv2.1 --images pictures/",
-        "craft-fast rewards verify pickscore --path models/pickscore --dtype bfloat16 --json",
+        "craft-fast rewards verify pickscore --dtype bfloat16 --json",
     ),
 )
 DTYPES = ("all", "none", "float16", "bfloat16")

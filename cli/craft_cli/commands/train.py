@@ -10,7 +10,7 @@ HELP = help_text(
     "Continues from the newest checkpoint that verifies.",
     examples=(
         "craft-fast train --name sea",
-        "craft-fast train --name sea --set train.steps=600 --set train.rank=32",
+        "craft-fast train --name sea --set train.rank=32",
     ),
 )
 train = stage_command("train")
