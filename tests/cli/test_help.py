@@ -103,7 +103,8 @@ def _completions(word: str, *args: str) -> list[str]:
 
 def test_values_are_completed() -> None:
     assert _completions("sdxl-", "run", "--preset") == [name for name in preset_names() if name.startswith("sdxl-")]
-    assert _completions("engine.res", "train", "--set") == ["engine.resident="]
+    values = [f"engine.resident={word}" for word in ("auto", "always", "never")]
+    assert _completions("engine.res", "train", "--set") == ["engine.resident=", *values]
     assert _completions("engine.resident=a", "train", "--set") == ["engine.resident=auto", "engine.resident=always"]
     assert "8" in _completions("", "train", "--vram")
 
