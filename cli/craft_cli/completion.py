@@ -28,7 +28,7 @@ Complete = Callable[..., list[str]]
 _SIZES_GIB = ("4", "6", "8", "10", "11", "12", "16", "20", "24", "32")
 # Free texts of which the usual values are worth offering.
 _USUAL = {"model.device": DEVICES, "filter.rewards": ("[]",)}
-_BASH = "_CRAFT_FAST_COMPLETE"
+_ASKED = "_CRAFT_FAST_COMPLETE"
 
 
 def preset_names() -> list[str]:
@@ -151,26 +151,29 @@ def rejoin(words: list[str], at: int) -> tuple[list[str], int, str]:
     return whole, len(whole) - 1, kept
 
 
-def answer_bash(app: Callable[..., Any]) -> None:
-    """Offer completions to bash, whose words are put together first.
+def answer(app: Callable[..., Any]) -> None:
+    """Answer a shell that asks for completions; return where none asks.
 
     Args:
         app: the command; it finds the words in the environment.
     """
+    asked = os.environ.get(_ASKED, "")
+    if not asked:
+        return
+    # Typer renders the options' texts for a terminal of this width, and fish takes a second line for another word.
+    os.environ["COLUMNS"] = "10000"
+    if asked == "complete_bash":
+        _answer_bash(app)
+
+
+def _answer_bash(app: Callable[..., Any]) -> None:
+    kept = ""
     with contextlib.suppress(KeyError, ValueError):
         words, at, kept = rejoin(os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"]))
         os.environ.update(COMP_WORDS="\n".join(words), COMP_CWORD=str(at))
     # Of --set=train.ra the option is no part of what is offered.
     offered = kept.partition("=")[2] if kept.startswith("-") else kept
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        try:
-            app(prog_name="craft-fast", args=[])
-        except SystemExit as end:
-            code = end.code
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        app(prog_name="craft-fast", args=[])
     sys.stdout.write("".join(f"{line.removeprefix(offered)}\n" for line in said.getvalue().splitlines()))
-    raise SystemExit(code)
-
-
-def asked_by_bash() -> bool:
-    """Whether bash asks for completions."""
-    return os.environ.get(_BASH) == "complete_bash"
+    raise SystemExit(0)

@@ -187,6 +187,5 @@ app.add_typer(_lora)
 
 def main() -> None:
     """Entry point of the ``craft-fast`` script."""
-    if completion.asked_by_bash():
-        completion.answer_bash(app)
+    completion.answer(app)
     app(prog_name="craft-fast", args=sys.argv[1:])
