@@ -33,7 +33,7 @@ OFFERED = (
     (("lora", "convert", "sea", "--dtype", "f"), ["float32", "float16"]),
     (("dataset", "out", "--caption", ""), ["base", "expanded"]),
     (("train", "--set", "train.ra"), ["train.rank=", "train.rank=16"]),
-    (("train", "--set", "train.weight"), ["train.weighting=", *(f"train.weight_{word}=" for word in ("clip", "temperature", "decay"))]),
+    (("train", "--set", "train.weight_"), [f"train.weight_{word}=" for word in ("clip", "temperature", "decay")]),
     (("train", "--set", "engine.resident="), [f"engine.resident={word}" for word in ("auto", "always", "never")]),
     (("train", "--set=engine.resident=a"), ["engine.resident=auto", "engine.resident=always"]),
     (("train", "-s", "engine.graph="), ["engine.graph=true", "engine.graph=false"]),

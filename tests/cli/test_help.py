@@ -91,24 +91,6 @@ def test_all_presets_are_named() -> None:
     assert f"Settings to start from: {', '.join(preset_names())}. Default: tiny." in text
 
 
-def _completions(word: str, *args: str) -> list[str]:
-    """What the shell is offered for ``word`` after ``args``, through the parser's own completion."""
-    typed = " ".join(["craft-fast", *args, word])
-    env = {
-        "_CRAFT_FAST_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(args) + 1),
-    }  # fmt: skip
-    done = CliRunner().invoke(app, [], prog_name="craft-fast", env=env)
-    return done.stdout.split()
-
-
-def test_values_are_completed() -> None:
-    assert _completions("sdxl-", "run", "--preset") == [name for name in preset_names() if name.startswith("sdxl-")]
-    values = [f"engine.resident={word}" for word in ("auto", "always", "never")]
-    assert _completions("engine.res", "train", "--set") == ["engine.resident=", *values]
-    assert _completions("engine.resident=a", "train", "--set") == ["engine.resident=auto", "engine.resident=always"]
-    assert "8" in _completions("", "train", "--vram")
-
-
 def test_no_command_prints_help() -> None:
     done = CliRunner().invoke(app, [], prog_name="craft-fast")
     assert done.exit_code == 0
@@ -120,22 +102,3 @@ def test_version() -> None:
 
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.stdout) == (0, f"craft-fast {__version__}\n")
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        (["trian"], "'train'"),
-        (["train", "--nmae", "x"], "--name"),
-        (["evalute"], "'evaluate'"),
-        (["run", "--josn"], "--json"),
-        (["train", "--varm", "8"], "--vram"),
-        (["generate", "--ofline"], "--offline"),
-        (["docter"], "'doctor'"),
-    ],
-)
-def test_the_closest_word_is_named(typed: list[str], meant: str) -> None:
-    done = CliRunner().invoke(app, typed, prog_name="craft-fast")
-    assert done.exit_code == ExitCode.USAGE
-    assert meant in done.stderr
-    assert done.stdout == ""

@@ -17,7 +17,7 @@ from craft_cli.request import Request, resolve
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import Mode, choose_mode, print_result, progress
 from craft_cli.ui.text import clean, table, write_line
-from craft_fast.errors import EnvironmentProblem, IntegrityError, Interrupted, UsageError
+from craft_fast.errors import EnvironmentProblem, IntegrityError, Interrupted, UsageError, closest
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def choose(
         if name not in known:
             raise UsageError(
                 "There is no such reward", where=f"--reward {name}", why=f"known are {', '.join(known)}",
-                hint="--preset, --config or --name bring the rewards of settings",
+                hint=f"{closest(name, known)}--preset, --config or --name bring the rewards of settings",
             )  # fmt: skip
     chosen = {name: section[name] if name in section else _official(name) for name in names}
     if backend is None:
