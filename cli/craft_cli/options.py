@@ -14,8 +14,6 @@ STAGES, DEVICES = completion.STAGES, completion.DEVICES
 preset_names, run_names = completion.preset_names, completion.run_names
 complete_from, complete_runs = completion.complete_from, completion.complete_runs
 complete_presets, complete_rewards = completion.complete_presets, completion.complete_rewards
-# Their names of before.
-_complete_runs, _complete_presets = complete_runs, complete_presets
 
 Prompts = Annotated[
     str | None,

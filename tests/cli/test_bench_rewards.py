@@ -74,9 +74,3 @@ def test_a_package_that_is_not_installed_is_told(tmp_path: Path, monkeypatch: py
     done = invoke("hpsv2.1", *QUICK, "--package", "--out", str(tmp_path / "rows"))
     assert done.exit_code == ExitCode.ENVIRONMENT
     assert "craft-fast rewards install hpsv2" in done.stderr
-
-
-def test_names_are_completed() -> None:
-    from craft_cli.commands.bench_rewards import _complete
-
-    assert _complete("clip") == ["clipscore-l14", "clipscore-b32"]

@@ -48,6 +48,8 @@ OFFERED = (
     (("bench", "kernels", "ge"), ["geglu"]),
     (("bench", "kernels", "--device", "cu"), ["cuda"]),
     (("bench", "sdxl", "ste"), ["steps"]),
+    (("bench", "rewards", "clip"), ["clipscore-l14", "clipscore-b32"]),
+    (("rewards", "score", "x", "--reward", "aes"), ["aesthetic-v2"]),
     (("ev",), ["evaluate"]),
     (("lora", "re"), ["resize"]),
     (("train", "--off"), ["--offline"]),

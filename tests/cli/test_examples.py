@@ -53,7 +53,7 @@ LONG = (r"craft-fast run --config ",)
 # What is missing here, by the example's words; exit code 4 says so.
 MISSING = (
     r"--preset sdxl", r"pony\.safetensors", r"hpsv2|pickscore|image-reward", r"rewards verify$", r"rewards fetch",
-    r"doctor", r"rewards score pictures/", r"--model sdxl\.safetensors",
+    r"doctor", r"rewards score pictures/", r"--model sdxl\.safetensors", r"try pony",
 )  # fmt: skip
 # Timing the blocks of a whole SDXL takes minutes on a CPU; the plan by formula is the same command.
 UNPROBED = (r"craft-fast plan .*--preset",)

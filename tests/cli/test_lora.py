@@ -221,6 +221,8 @@ def test_a_run_is_named_for_its_lora_and_its_model(model: Path, folder: Path) ->
     assert result("check", "runs/boats/lora/craft.safetensors")["model"] == str(model)
     assert result("apply", "boats:0.3", "-o", "whole")["merged"][0]["strength"] == 0.3
     shutil.copy("style.safetensors", "runs/boats/lora/other.safetensors")
+    assert result("check", "boats")["file"] == "runs/boats/lora/craft.safetensors"  # the one that the run exported
+    (folder / "runs/boats/config.yaml").unlink()
     assert "craft.safetensors, other.safetensors" in lora("check", "boats", code=ExitCode.USAGE).stderr
 
 

@@ -60,9 +60,11 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 
 def test_quoted_messages_are_in_the_code() -> None:
+    """As a whole in one literal; what stands in braces there, or is joined from several literals, cannot be quoted."""
     text = "\n".join(file.read_text() for file in SOURCES)
-    quoted = re.findall(r"^- \*\*(.+?)\*\*", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(quoted) > 15
+    items = re.findall(r"^- (\*\*.+)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [message for item in items for message in re.findall(r"\*\*(.+?)\*\*", item)]
+    assert len(quoted) > 60
     assert [message for message in quoted if message not in text] == []
 
 
@@ -89,3 +91,28 @@ def test_make_targets_that_pages_name_exist() -> None:
     for page in PAGES:
         for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)`", page.read_text(), re.MULTILINE):
             assert "".join(target) in targets, f"{page.name}: make {target}"
+
+
+def test_programs_and_files_that_pages_start_exist() -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for file in re.findall(r"^(?:bash|(?:\S*/)?python3?) ([\w./-]+\.(?:sh|py))", block, re.MULTILINE):
+                assert (ROOT / file).is_file(), f"{page.name}: {file}"
+            for file in re.findall(r"^\S*python3? -m pytest ([\w./-]+)", block, re.MULTILINE):
+                found += 1
+                assert (ROOT / file).exists(), f"{page.name}: {file}"
+        for file in re.findall(r"`((?:bench|tests|craft_fast|cli|kernels)/[\w./-]+\.\w+)`", page.read_text()):
+            found += 1
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+    assert found > 5
+
+
+def test_every_variable_that_the_code_reads_is_named() -> None:
+    """Ours, CRAFT_*; an option's own stands with the option."""
+    text = "\n".join(file.read_text() for file in SOURCES)
+    read = set(re.findall(r'"(CRAFT_[A-Z_]+)"', text))
+    page = reference.cli_reference()
+    assert {"CRAFT_DEBUG", "CRAFT_RUNS"} < read
+    assert [name for name in sorted(read) if f"`{name}`" not in page] == []
+    assert all(name in text for names in reference.VARIABLES for name in names.split(", "))

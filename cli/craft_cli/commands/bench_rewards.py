@@ -32,17 +32,11 @@ HELP = opt.help_text(
         "craft-fast bench rewards --quick --device cpu",
     ),
 )
-
-
-def _complete(incomplete: str) -> list[str]:
-    from craft_fast.config import OFFICIAL_REWARDS
-
-    return [name for name in OFFICIAL_REWARDS if name.startswith(incomplete)]
-
-
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="NAME", autocompletion=_complete, help="Reward models; all but hpsv2.0 unless named."),
+    typer.Argument(
+        metavar="NAME", autocompletion=opt.complete_rewards, help="Reward models; all but hpsv2.0 unless named."
+    ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Few cases and short timing.")]
 Dtype = Annotated[

@@ -7,7 +7,8 @@ from craft_cli.options import help_text
 
 HELP = help_text(
     "Stage 7: write the LoRA file and check that it loads.",
-    "The file is what diffusers' pipe.load_lora_weights takes.",
+    "In kohya's key names, which ComfyUI, A1111, Forge and diffusers load, unless export.format says otherwise. It is "
+    "held against each program's rules; a file that one of them would not load is exit code 6.",
     examples=(
         "craft-fast export --name sea",
         "craft-fast export --name sea --set export.dtype=float16",

@@ -26,16 +26,9 @@ HELP = opt.help_text(
         "craft-fast rewards fetch image-reward --offline",
     ),
 )
-
-
-def _complete(incomplete: str) -> list[str]:
-    from craft_fast.config import OFFICIAL_REWARDS
-
-    return [name for name in OFFICIAL_REWARDS if name.startswith(incomplete)]
-
-
 Names = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME", autocompletion=_complete, help="Models, as rewards list has them.")
+    list[str] | None,
+    typer.Argument(metavar="NAME", autocompletion=opt.complete_rewards, help="Models, as rewards list has them."),
 ]
 All = Annotated[bool, typer.Option("--all", help="All of them.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would be fetched, and to where.")]

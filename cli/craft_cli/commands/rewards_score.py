@@ -47,12 +47,6 @@ BACKENDS = ("native", "package")
 _FAILURES_SHOWN = 10
 
 
-def _complete_rewards(incomplete: str) -> list[str]:
-    from craft_fast.config import OFFICIAL_REWARDS
-
-    return [name for name in OFFICIAL_REWARDS if name.startswith(incomplete)]
-
-
 Images = Annotated[
     list[str], typer.Argument(metavar="IMAGES", help="Pictures, folders of them, or lists.", show_default=False)
 ]
@@ -75,7 +69,7 @@ Rewards = Annotated[
         "--reward",
         "-r",
         metavar="NAME",
-        autocompletion=_complete_rewards,
+        autocompletion=opt.complete_rewards,
         help="A published model, as craft-fast rewards list has them, or a name from the settings; give it many times.",
     ),
 ]

@@ -31,18 +31,12 @@ HELP = opt.help_text(
     ),
 )
 DTYPES = ("all", "none", "float16", "bfloat16")
-
-
-def _complete(incomplete: str) -> list[str]:
-    from craft_fast.config import OFFICIAL_REWARDS
-
-    return [name for name in OFFICIAL_REWARDS if name.startswith(incomplete)]
-
-
 Names = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="NAME", autocompletion=_complete, help="Published models; all whose files are here unless named."
+        metavar="NAME",
+        autocompletion=opt.complete_rewards,
+        help="Published models; all whose files are here unless named.",
     ),
 ]
 Images = Annotated[
