@@ -49,11 +49,11 @@ class Brightness:
 
 
 def write_lora(run: Run, folder: Path, strength: float = 0.3) -> Path:
-    """An exported LoRA that changes the pictures; alpha differs from rank."""
+    """An exported LoRA, and its copy in diffusers' keys, that changes the pictures; alpha differs from rank."""
     settings = Settings(
         model=ModelSettings(path=str(folder)),
         train=TrainSettings(rank=4, lora_alpha=6.0),
-        export=ExportSettings(name="mine"),
+        export=ExportSettings(name="mine", format="both"),
     )
     unet = load_sdxl(folder, device="cpu", dtype="float32").unet
     add_lora(unet, rank=4, lora_alpha=6.0, target_modules=["to_q", "to_k", "to_v", "to_out.0"], seed=0)

@@ -127,8 +127,13 @@ def test_the_lora_reproduces_the_evaluated_pictures_in_diffusers(
     base, tuned = (torch.stack(list(pictures(run, side).values())).float() for side in ("base", "tuned"))
     assert (draw() - base).abs().max() <= 2
     pipe.load_lora_weights(lora)
-    assert (draw() - tuned).abs().max() <= 2
+    drawn = draw()
+    # Their VAE and rounding to 8 bits; the UNet's output is the same to the bit (test_export.py).
+    assert (drawn - tuned).abs().max() <= 2
     assert (base - tuned).abs().max() > 10
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(lora.with_name("mine-diffusers.safetensors"))
+    assert torch.equal(draw(), drawn)
 
 
 def test_rows_scores_and_log(run: Run, sdxl: SdxlModel, lora: Path) -> None:
