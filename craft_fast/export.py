@@ -272,7 +272,9 @@ def stamp(
         path = run.path(ref.path)
         found = replace(ref, sha256=sha256_file(path))
         if (found.path, found.sha256) not in known:
-            raise IntegrityError("An exported file is not what was written", where=str(path), hint="type export again")
+            raise IntegrityError(
+                "An exported file is not what was written", where=str(path), hint="type craft-fast export"
+            )
         tensors = load_safetensors(path, expect_sha256=found.sha256)
         metadata = {**read_header(path).metadata, **ours(facts)}
         new = FileRef(ref.path, *atomic.safetensors_digest(tensors, metadata))

@@ -190,23 +190,12 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
     training = read_prompts(settings.file, settings)
     notes = training.notes()
     if settings.heldout_file is not None:
-        other = read_prompts(settings.heldout_file, settings, split="heldout")
-        notes += other.notes()
         train = list(training.prompts)
-        trained = {prompt.prompt_id for prompt in train}
-        held = {prompt.prompt_id: prompt for prompt in other.prompts if prompt.prompt_id not in trained}
-        if not held:
-            raise ConfigError(
-                "No held-out prompt is left.",
-                where=other.source,
-                why=f"all {len(other.prompts)} are training prompts, too",
-                hint="give other held-out prompts, or set prompts.heldout_file to null to hold out a share",
-            )
-        if overlap := len(other.prompts) - len(held):
-            notes.append(f"{overlap} held-out prompts are also training prompts; they are not evaluated")
+        other = held_out_prompts(settings, {prompt.prompt_id for prompt in train})
+        apart = list(other.heldout)
+        notes += other.notes
     else:
         train, apart = hold_out_share(training.prompts, settings.heldout_share)
-        held = {prompt.prompt_id: prompt for prompt in apart}
     if not train:
         raise ConfigError(
             "No training prompt is left.",
@@ -214,7 +203,7 @@ def load_prompts(settings: PromptSettings) -> PromptSets:
             why=f"all {len(training.prompts)} are held out",
             hint="give more prompts, or set prompts.heldout_file",
         )
-    return PromptSets(tuple(train[: settings.limit]), tuple(held.values()), tuple(notes))
+    return PromptSets(tuple(train[: settings.limit]), tuple(apart), tuple(notes))
 
 
 def hold_out_share(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
@@ -250,7 +239,7 @@ def unknown_words(settings: PromptSettings, texts: Iterable[str]) -> str:
 
 
 def held_out_prompts(settings: PromptSettings, trained: Collection[str]) -> PromptSets:
-    """Held-out prompts alone, where what is trained on comes from elsewhere (own pictures).
+    """The prompts of the held-out file, less those that are trained on.
 
     Args:
         settings: ``heldout_file`` is read.
@@ -266,10 +255,13 @@ def held_out_prompts(settings: PromptSettings, trained: Collection[str]) -> Prom
         raise ConfigError(
             "No held-out prompt is left.",
             where=found.source,
-            why=f"all {len(found.prompts)} are captions of own pictures, too",
-            hint="give other held-out prompts",
+            why=f"all {len(found.prompts)} are training prompts, too",
+            hint="give other held-out prompts, or set prompts.heldout_file to null to hold out a share",
         )
-    return PromptSets((), left, tuple(found.notes()))
+    notes = found.notes()
+    if overlap := len(found.prompts) - len(left):
+        notes.append(f"{overlap} held-out prompts are also training prompts; they are not evaluated")
+    return PromptSets((), left, tuple(notes))
 
 
 def _is_held_out(prompt: Prompt, share: float) -> bool:

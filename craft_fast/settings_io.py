@@ -303,6 +303,16 @@ def _drop_removed(data: dict[str, Any]) -> None:
                 del entries[name]
 
 
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """A settings tree by dotted keys, ``{"train.rank": 16}``; an empty map or a list is a value."""
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}.{key}" if path else str(key))
+    return found
+
+
 def field_docs(model: type[BaseModel] = Settings, prefix: str = "") -> list[FieldDoc]:
     """Every setting in the order of the YAML, with its dotted key."""
     docs: list[FieldDoc] = []

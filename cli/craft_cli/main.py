@@ -127,14 +127,26 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
 for _name, (_command, _help) in _COMMANDS.items():
     app.command(_name, help=_help)(guard(_command))
 
-_bench = typer.Typer(
-    name="bench", help=bench.HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-_bench.command("kernels", help=bench.KERNELS_HELP)(guard(bench.kernels))
-_bench.command("sdxl", help=bench_sdxl.HELP)(guard(bench_sdxl.sdxl))
-_bench.command("rewards", help=bench_rewards.HELP)(guard(bench_rewards.rewards))
-app.add_typer(_bench)
+Commands = dict[str, tuple[Callable[..., None], str]]
+
+
+def _group(name: str, text: str, commands: Commands) -> None:
+    """Add ``craft-fast NAME COMMAND`` for each of ``commands``."""
+    group = typer.Typer(
+        name=name, help=text, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    for command, (function, help_) in commands.items():
+        group.command(command, help=help_)(guard(function))
+    app.add_typer(group)
+
+
+_BENCH_COMMANDS: Commands = {
+    "kernels": (bench.kernels, bench.KERNELS_HELP),
+    "sdxl": (bench_sdxl.sdxl, bench_sdxl.HELP),
+    "rewards": (bench_rewards.rewards, bench_rewards.HELP),
+}
+_group("bench", bench.HELP, _BENCH_COMMANDS)
 
 _REWARDS_HELP = opt.help_text(
     "Reward models: what is here, fetch, verify, rate pictures.",
@@ -145,20 +157,14 @@ _REWARDS_HELP = opt.help_text(
         "craft-fast rewards score pictures/ --prompt 'a red circle'",
     ),
 )
-_rewards = typer.Typer(
-    name="rewards", help=_REWARDS_HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-_REWARD_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+_REWARD_COMMANDS: Commands = {
     "list": (rewards_list.list_, rewards_list.HELP),
     "install": (rewards_install.install, rewards_install.HELP),
     "fetch": (rewards_fetch.fetch, rewards_fetch.HELP),
     "verify": (rewards_verify.verify, rewards_verify.HELP),
     "score": (rewards_score.score, rewards_score.HELP),
 }
-for _name, (_command, _help) in _REWARD_COMMANDS.items():
-    _rewards.command(_name, help=_help)(guard(_command))
-app.add_typer(_rewards)
+_group("rewards", _REWARDS_HELP, _REWARD_COMMANDS)
 
 _LORA_HELP = opt.help_text(
     "LoRA files: check, convert, merge, resize, put into a model.",
@@ -169,20 +175,14 @@ _LORA_HELP = opt.help_text(
         "craft-fast lora resize sea --rank 8",
     ),
 )
-_lora = typer.Typer(
-    name="lora", help=_LORA_HELP, rich_markup_mode=None, suggest_commands=True, no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-_LORA_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+_LORA_COMMANDS: Commands = {
     "check": (lora_check.check, lora_check.HELP),
     "convert": (lora_convert.convert, lora_convert.HELP),
     "merge": (lora_merge.merge, lora_merge.HELP),
     "resize": (lora_resize.resize, lora_resize.HELP),
     "apply": (lora_apply.apply, lora_apply.HELP),
 }
-for _name, (_command, _help) in _LORA_COMMANDS.items():
-    _lora.command(_name, help=_help)(guard(_command))
-app.add_typer(_lora)
+_group("lora", _LORA_HELP, _LORA_COMMANDS)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from craft_cli.options import DEFAULT_PRESET, DEFAULT_RUNS, run_names
 from craft_fast.errors import ConfigError, UsageError, closest
@@ -78,16 +78,19 @@ class Request:
         raise UsageError("There is no such run", where=str(self.root), hint=hint)
 
 
-def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
-    """``value``, which must be one of ``allowed``.
+def check(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a value that an option does not have.
 
     Raises:
-        UsageError: it is not; names the closest.
+        UsageError: names the allowed ones and the closest.
     """
-    if value in allowed:
-        return value
-    guess = closest(value, allowed)
-    raise UsageError("There is no such choice", where=f"{option} {value}", hint=f"{guess}one of: {', '.join(allowed)}")
+    if value not in allowed:
+        raise UsageError(
+            f"{option} {value} is unknown",
+            where=option,
+            why=f"it is one of {', '.join(allowed)}",
+            hint=closest(value, allowed).strip(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +199,12 @@ def _moved_prompts(saved: Path, root: Path) -> Iterator[str]:
 
 def _changes(before: Settings, after: Settings) -> list[str]:
     """One line that names the settings that differ from the run's saved ones."""
-    old, new = _flat(before.model_dump()), _flat(after.model_dump())
+    from craft_fast.settings_io import flat
+
+    old, new = flat(before.model_dump()), flat(after.model_dump())
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if not changed:
         return []
     shown = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in changed[:4]]
     more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
     return [f"settings changed since this run was last started: {'; '.join(shown)}{more}"]
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{path}.{key}" if path else str(key))
-    return flat

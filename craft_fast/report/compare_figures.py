@@ -15,6 +15,7 @@ from craft_fast.report.compare_inputs import Evaluated, Shared
 from craft_fast.report.figures import is_rate
 from craft_fast.report.inputs import _without_passwords
 from craft_fast.report.text import points, signed
+from craft_fast.settings_io import flat
 
 Direction = Literal["better", "worse", "mixed", "unclear", "same", "none"]
 
@@ -243,19 +244,10 @@ def _different_settings(runs: Sequence[Evaluated]) -> list[tuple[str, Sequence[A
     trees = []
     for run in runs:
         text = yaml.safe_dump(run.settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1 << 20)
-        trees.append(_flat(yaml.safe_load(_without_passwords(text))))
+        trees.append(flat(yaml.safe_load(_without_passwords(text))))
     keys = dict.fromkeys(key for tree in trees for key in tree if not key.startswith(("report.", "export.name")))
     found = [(key, [tree.get(key) for tree in trees]) for key in keys]
     return [(key, values) for key, values in found if any(value != values[0] for value in values[1:])]
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {path: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{path}.{key}" if path else str(key))
-    return flat
 
 
 def _cost(run: Evaluated) -> Cost:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from craft_cli import options as opt
+from craft_cli.request import check
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table
-from craft_fast.errors import Interrupted, QualityGateError, UsageError, closest
+from craft_fast.errors import Interrupted, QualityGateError
 from craft_fast.quiet import quiet_third_party
 
 if TYPE_CHECKING:
@@ -106,21 +107,6 @@ def kernels(
                 raise Interrupted(stopped.what, exit_code=stop.exit_code, hint=stopped.hint) from stopped
     print_result(mode, report_lines(report), report_data(report), event="result")
     _refuse_what_is_red(report)
-
-
-def check(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that an option does not have.
-
-    Raises:
-        UsageError: names the allowed ones.
-    """
-    if value not in allowed:
-        raise UsageError(
-            f"{option} {value} is unknown",
-            where=option,
-            why=f"it is one of {', '.join(allowed)}",
-            hint=closest(value, allowed).strip(),
-        )
 
 
 def _refuse_what_is_red(report: Report) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from craft_cli import options as opt
-from craft_cli.commands.bench import DEVICES, Deadline, Device, check
+from craft_cli.commands.bench import DEVICES, Deadline, Device
 from craft_cli.commands.bench_sdxl import SIZES, last_lines, report_data
+from craft_cli.request import check
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from craft_cli import options as opt
-from craft_cli.commands.bench import DEVICES, Deadline, Device, check
+from craft_cli.commands.bench import DEVICES, Deadline, Device
+from craft_cli.request import check
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_cli.ui.text import table

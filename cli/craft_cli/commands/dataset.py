@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from craft_cli import options as opt
-from craft_cli.request import Request, one_of
+from craft_cli.request import Request, check
 from craft_cli.ui.output import choose_mode, print_result, progress
 
 HELP = opt.help_text(
@@ -41,7 +41,7 @@ def dataset(
 ) -> None:  # fmt: skip
     """Read a run, write a folder; the run is not changed."""
     mode = choose_mode(as_json=as_json, quiet=quiet)
-    one_of("--caption", caption, ("base", "expanded"))
+    check("--caption", caption, ("base", "expanded"))
     request = Request(name, runs)
     root = request.existing_root()
     from craft_fast.pipeline import CONFIG_NAME, export_dataset

@@ -8,7 +8,7 @@ import typer
 
 from craft_cli import options as opt
 from craft_cli.commands import lora_files as files
-from craft_cli.commands.bench import check
+from craft_cli.request import check
 from craft_cli.ui.output import choose_mode, print_result
 from craft_fast.quiet import quiet_third_party
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from craft_cli import options as opt
-from craft_cli.commands.bench import check
-from craft_cli.request import CONFIG_NAME
+from craft_cli.request import CONFIG_NAME, check
 from craft_fast.errors import EnvironmentProblem, IntegrityError, UsageError
 
 if TYPE_CHECKING:

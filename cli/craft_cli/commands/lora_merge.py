@@ -9,8 +9,8 @@ import typer
 
 from craft_cli import options as opt
 from craft_cli.commands import lora_files as files
-from craft_cli.commands.bench import check
 from craft_cli.commands.lora_resize import report_data, report_lines
+from craft_cli.request import check
 from craft_cli.ui.output import choose_mode, print_result, progress
 from craft_fast.quiet import quiet_third_party
 

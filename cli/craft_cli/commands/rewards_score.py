@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from craft_cli import options as opt
-from craft_cli.commands.bench import check
-from craft_cli.request import Request, resolve
+from craft_cli.request import Request, check, resolve
 from craft_cli.signals import StopRequest
 from craft_cli.ui.output import Mode, choose_mode, print_result, progress
 from craft_cli.ui.text import clean, table, write_line
